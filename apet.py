@@ -1,0 +1,1733 @@
+#!/usr/bin/env python3
+"""APET: tune exactly k scalars of a pretrained model, at any positions (arbitrary parameter-efficient tuning)."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import signal
+import string
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal, InvalidOperation
+from importlib.metadata import version
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """Something the person who called can put right; the message is one line that says what is wrong and what is right."""
+
+
+def one_of(word: object, known: Iterable[str], what: str) -> str:
+    """`word` if it is known; else a UserError that names the closest."""
+    known = list(known)
+    if word in known:
+        return word
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    raise UserError(f"unknown {what} {word!r}: " + (f"did you mean {close[0]!r}?" if close else "one of " + ", ".join(known)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions: where the tuned scalars are
+# ----------------------------------------------------------------------------------------------------------------------
+
+MASKS = ("random", "row", "column", "block", "tensor", "magnitude", "gradient")
+WHERE = ("all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder")  # and layers:0-3, or a regex
+BLOCK = 16  # side of a tile of mask "block"
+
+ATTENTION = r"attention|attn|query_key_value|(^|\.)[qkvo](_proj|_lin)?\.|(^|\.)out_proj\."
+MLP = r"mlp|ffn|feed_?forward|dense\w*dense|experts|intermediate|(?<!attention\.)output\.dense|(^|\.)(fc_?\w*|w[io](_\d)?)\."
+LAYER = r"(?:^|\.)(?:block|blocks|layer|layers|h)\.(\d+)\."
+
+
+def select_positions(
+    model: nn.Module,
+    budget: int | float | str | None,
+    mask: str | Mapping[str, Iterable[int]] = "random",
+    seed: int = 0,
+    where: str = "all",
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Choose exactly `budget` scalars of `model`: {parameter name: sorted int64 flat indices, on the CPU}.
+
+    A flat index counts the entries of one parameter in row-major order. Names and order are those of
+    `model.named_parameters()`, so a shared (tied) parameter is counted once, by identity. The choice depends on the
+    model's shapes and on the arguments alone ("magnitude" and "gradient": on the weights, too): it is the same on every
+    machine and device.
+
+    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars; or a method's name ("lora",
+        "adapter", "prompt", "bitfit"): as many as that method trains on this model.
+    mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact
+        count (a matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long
+        as they fit, the next one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches`
+        (equal scores: the first); or the caller's own {name: flat indices}, when `budget` may be None.
+    where: "all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder", "layers:0-3", or a regular
+        expression searched for in the parameter names.
+    batches: for "gradient": keyword arguments of the model, labels included, so that its output has a loss.
+
+    Memory is O(budget), so that a model on the meta device will do, but for "magnitude" (a copy of one tensor at a time)
+    and "gradient" (a squared gradient of all candidates). Raises ValueError for what can't be chosen.
+    """
+    if isinstance(mask, Mapping):
+        return _own_positions(model, budget, mask)
+    one_of(mask, MASKS, "mask")
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"the position seed must be a whole number from 0 on, not {seed!r}")
+    chosen_from = candidates(model, where)
+    shapes = [tuple(p.shape) for p in chosen_from.values()]
+    total = sum(p.numel() for p in chosen_from.values())
+    k = parse_budget(budget, model)
+    if k > total:
+        raise UserError(f"a budget of {k:,} is above the {total:,} scalars of where={where!r}")
+    bits = np.random.PCG64(np.random.SeedSequence(int(seed)))  # numpy keeps this raw stream fixed over its versions
+    if mask == "random":
+        ends = np.cumsum([p.numel() for p in chosen_from.values()])
+        flat = _draw(total, k, bits)
+        parts = np.split(flat, np.searchsorted(flat, ends[:-1]))
+        indices = [part - (end - p.numel()) for part, end, p in zip(parts, ends, chosen_from.values(), strict=True)]
+    elif mask == "magnitude":
+        indices = _largest(list(chosen_from.values()), k)
+    elif mask == "gradient":
+        indices = _largest(_squared_gradients(model, chosen_from, batches), k)
+    else:
+        indices = _draw_units(mask, shapes, k, bits)
+    return {n: torch.from_numpy(np.ascontiguousarray(i)) for n, i in zip(chosen_from, indices, strict=True) if len(i)}
+
+
+def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
+    """The floating-point parameters that `where` names, in the model's order, a tied one once."""
+    params = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    if not params:
+        raise UserError(f"{type(model).__name__} has no floating-point parameters to tune")
+    owner = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
+
+    def is_norm(n: str) -> bool:
+        return "norm" in type(owner[id(params[n])]).__name__.lower()
+
+    layers = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", str(where))
+    if where == "all":
+        found = list(params)
+    elif where == "norm":
+        found = [n for n in params if is_norm(n)]
+    elif where == "embedding":
+        found = [n for n in params if "embed" in (type(owner[id(params[n])]).__name__ + n).lower() and not is_norm(n)]
+    elif where == "bias":
+        found = [n for n in params if re.search(r"(^|[._])bias$", n)]
+    elif where in ("attention", "mlp"):
+        found = [n for n in params if re.search(ATTENTION if where == "attention" else MLP, n, re.I) and not is_norm(n)]
+    elif where in ("encoder", "decoder"):
+        found = [n for n in params if re.search(rf"(^|\.){where}\.", n)]
+    elif layers:
+        low, high = int(layers[1]), int(layers[2] or layers[1])
+        found = [n for n in params if (m := re.search(LAYER, n)) and low <= int(m[1]) <= high]
+    else:
+        try:
+            found = [n for n in params if re.search(where, n)]
+        except (re.error, TypeError) as e:
+            raise UserError(f"where={where!r} is none of {', '.join(WHERE)}, layers:0-3 and no regular expression ({e})") from None
+    if not found:
+        some = list(params)[:: max(1, len(params) // 8)]
+        raise UserError(f"where={where!r} names no parameter; there are {len(params)}, such as {', '.join(some)}")
+    return {n: params[n] for n in found}
+
+
+def parse_count(text: int | float | str, what: str) -> int:
+    """A whole number from 1 on, also as "1e4" or "10_000"."""
+    try:
+        number = Decimal(text if isinstance(text, (int, str)) and not isinstance(text, bool) else repr(text))
+    except (InvalidOperation, ValueError):
+        raise UserError(f"{what} must be a number such as 10000, 1e4 or 10_000, not {text!r}") from None
+    if not number.is_finite() or number < 1 or number > 10**15 or number != number.to_integral_value():
+        raise UserError(f"{what} must be a whole number from 1 on, not {text!r}")
+    return int(number)
+
+
+def parse_budget(budget: int | float | str | None, model: nn.Module) -> int:
+    """The number of scalars that `budget` means on this model (see `select_positions`)."""
+    total = sum(p.numel() for p in candidates(model).values())
+    if isinstance(budget, str) and budget.strip().lower() in COUNTED:
+        return method_parameters(model, budget.strip().lower())
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        try:
+            share = Decimal(budget.strip()[:-1])
+            share = share if 0 < share <= 100 else None
+        except InvalidOperation:
+            share = None
+        if share is None:
+            raise UserError(f"the budget {budget!r} must be above 0% and at most 100%")
+        return parse_count(int((share * total / 100).to_integral_value()) or "0", f"the budget {budget} of {total:,} scalars")
+    try:
+        k = parse_count(budget, "the budget")
+    except UserError as e:
+        raise UserError(f"{e}; a share such as 0.1% or a method ({', '.join(COUNTED)}) will do, too") from None
+    if k > total:
+        raise UserError(f"a budget of {k:,} is above the {total:,} scalars of this model")
+    return k
+
+
+def _draw(n: int, k: int, bits: np.random.PCG64, ordered: bool = False) -> np.ndarray:
+    """`k` of range(n), each subset equally likely (the modulus is off by n / 2**64): sorted, or in random order."""
+    if ordered and 4 * k > n:
+        return np.argsort(bits.random_raw(n), kind="stable")[:k]
+    if not ordered and 2 * k > n:  # few are left out: draw those
+        keep = np.ones(n, dtype=bool)
+        keep[_draw(n, n - k, bits)] = False
+        return np.flatnonzero(keep)
+    drawn = np.empty(0, dtype=np.int64)
+    while len(drawn) < k:  # what was drawn before is drawn again; never more than k, so nothing has to be thrown away
+        more = (bits.random_raw(k - len(drawn)) % np.uint64(n)).astype(np.int64)
+        drawn, first = np.unique(np.concatenate([drawn, more]), return_index=True)
+        if ordered:
+            drawn = drawn[np.argsort(first)]
+    return drawn
+
+
+def _draw_units(mask: str, shapes: list[tuple[int, ...]], k: int, bits: np.random.PCG64) -> list[np.ndarray]:
+    """Sorted flat indices for each shape: whole rows, columns, blocks or tensors in random order, k scalars in all."""
+    sizes = np.array([int(np.prod(s, dtype=np.int64)) for s in shapes])
+    if mask == "tensor":  # as the authors' code does: those that still fit; then, for the exact count, part of the next
+        order, taken, left = np.argsort(bits.random_raw(len(shapes)), kind="stable"), np.zeros(len(shapes), int), k
+        for i in order:
+            if sizes[i] <= left:
+                taken[i], left = sizes[i], left - sizes[i]
+        for i in order:
+            if left and not taken[i]:
+                taken[i], left = left, 0
+        return [np.arange(t) for t in taken]
+    tile = {"row": lambda r, c: (1, c), "column": lambda r, c: (r, 1), "block": lambda r, c: (BLOCK, BLOCK)}[mask]
+    grid = []  # per tensor: rows, columns, rows of a unit, columns of a unit
+    for size, shape in zip(sizes, shapes, strict=True):
+        vector = (size, 1) if mask == "column" else (1, size)
+        r, c = (shape[0], size // shape[0]) if len(shape) > 1 else vector
+        grid.append((r, c, *tile(r, c)))
+    R, C, h, w = (np.array(x, dtype=np.int64) for x in zip(*grid, strict=True))
+    across = -(-C // w)
+    ends = np.cumsum(-(-R // h) * across)
+    n = min(int(ends[-1]), int(1.1 * k / (sizes.sum() / ends[-1])) + 16)
+    state = bits.state
+    while True:
+        bits.state = state
+        unit = _draw(int(ends[-1]), n, bits, ordered=True)
+        which = np.searchsorted(ends, unit, side="right")
+        local = unit - (ends - -(-R // h) * across)[which]
+        top, left = local // across[which] * h[which], local % across[which] * w[which]
+        bottom, right = np.minimum(top + h[which], R[which]), np.minimum(left + w[which], C[which])
+        filled = np.cumsum((bottom - top) * (right - left))
+        if filled[-1] >= k or n == ends[-1]:
+            break
+        n = min(int(ends[-1]), 2 * n)
+    last = int(np.searchsorted(filled, k))  # the unit in which the count is reached
+    out: list[list[np.ndarray]] = [[] for _ in shapes]
+    for u in range(last + 1):
+        i = which[u]
+        cells = np.arange(top[u], bottom[u])[:, None] * C[i] + np.arange(left[u], right[u])
+        out[i].append(cells.ravel() if u < last else cells.ravel()[: len(cells.ravel()) - int(filled[last] - k)])
+    return [np.sort(np.concatenate(o)) if o else np.empty(0, np.int64) for o in out]
+
+
+def _largest(tensors: list[Tensor], k: int) -> list[np.ndarray]:
+    """Flat indices of the k entries of largest magnitude over all tensors; of equal ones the first in order."""
+    if any(t.is_meta for t in tensors):
+        raise UserError("this mask reads the weights, and the model is on the meta device: load it first")
+
+    def scores(t: Tensor) -> Tensor:
+        return t.detach().abs().flatten().to(torch.promote_types(t.dtype, torch.float32))
+
+    top = torch.empty(0, dtype=torch.float64)
+    for t in tensors:
+        s = scores(t)
+        top = torch.cat([top, s.topk(min(k, len(s))).values.double().cpu()])
+        top = top.topk(min(k, len(top))).values
+    threshold = top[-1].item()
+    above = [(scores(t) > threshold).nonzero().flatten().cpu() for t in tensors]
+    spare, out = k - sum(map(len, above)), []
+    for t, a in zip(tensors, above, strict=True):
+        ties = (scores(t) == threshold).nonzero().flatten()[:spare].cpu() if spare else a[:0]
+        spare -= len(ties)
+        out.append(torch.cat([a, ties]).sort().values.numpy())
+    return out
+
+
+def _squared_gradients(model: nn.Module, params: dict[str, nn.Parameter], batches: Iterable | None) -> list[Tensor]:
+    """Sum over the batches of each entry's squared gradient, fp32 (the empirical Fisher information of FISH masks)."""
+    batches = list(batches or ())
+    if not batches:
+        raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
+    sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in params.values()}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+    def add(p: nn.Parameter) -> None:
+        sums[p] += p.grad.float().square()
+        p.grad = None
+
+    for p, _, _ in before:
+        p.requires_grad_(p in sums)
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(add) for p in sums]
+    try:
+        for batch in batches:
+            model(**batch).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad
+    return list(sums.values())
+
+
+def _own_positions(model: nn.Module, budget: int | float | str | None, mask: Mapping) -> dict[str, Tensor]:
+    """The caller's {name: flat indices}, checked, sorted and in the model's order."""
+    params = candidates(model)
+    for name in mask:
+        one_of(name, params, "parameter")
+    out = {}
+    for name, p in params.items():
+        if name not in mask:
+            continue
+        index = torch.as_tensor(mask[name] if isinstance(mask[name], (Tensor, np.ndarray)) else list(mask[name]))
+        whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        if index.numel() and not (whole and index.dim() == 1):
+            raise UserError(f"the positions of {name} must be a flat list of whole numbers")
+        index = index.to("cpu", torch.int64).sort().values
+        if len(index) and not 0 <= index[0] <= index[-1] < p.numel():
+            raise UserError(
+                f"the positions of {name} must lie in 0 to {p.numel() - 1:,}; they reach from {index[0]} to {index[-1]}"
+            )
+        if (index[1:] == index[:-1]).any():
+            raise UserError(f"the positions of {name} hold an index twice")
+        if len(index):
+            out[name] = index
+    k = sum(map(len, out.values()))
+    if not k:
+        raise UserError("the positions are empty: name at least one scalar")
+    if budget is not None and parse_budget(budget, model) != k:
+        raise UserError(f"a budget of {budget} does not agree with the {k:,} positions given (it may be left None)")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APET: how they are tuned
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Cost of the gradient paths for a layer, in entries of a dense product of the same token count; see `_Linear.__init__`.
+# CPU: measured by tests/bench.py (results/bench). CUDA: bandwidth against bf16 FLOPs of an H100; not yet measured.
+COST = {"cpu": dict(dot=4, line=100, call=4_000), "cuda": dict(dot=2_000, line=500, call=200_000)}
+
+
+class APET:
+    """Tunes exactly `budget` scalars of `model`, in place: `values` holds them in fp32, `write()` copies them back.
+
+        apet = APET(model, budget=10_000, mask="random", seed=0)
+        optimizer = torch.optim.AdamW([apet.values], lr=3e-3, weight_decay=0)
+        model(**batch).loss.backward(); optimizer.step(); apet.write(); optimizer.zero_grad()
+
+    The model is frozen but keeps its modules, forward, dtype and device; move it to its device first. Every entry outside
+    `positions` stays bit-identical. `values.grad` accumulates over backward passes as any parameter's.
+
+    model, budget, mask, seed, where, batches: see `select_positions`.
+    backend: how gradients are taken. "hook": autograd's dense gradient of each touched parameter, one at a time, gathered
+        and dropped; works for all parameters. "gather": for nn.Linear and nn.Embedding only the chosen entries are ever
+        computed, from tokens x chosen columns saved in the forward; the rest as "hook". "auto": the cheaper one for each.
+
+    values: fp32 nn.Parameter of shape (budget,), in the order of `positions`; on the first touched parameter's device.
+    positions: {parameter name: sorted int64 flat indices}.
+    Raises ValueError for wrong arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float | str | None = 10_000,
+        mask: str | Mapping[str, Iterable[int]] = "random",
+        seed: int = 0,
+        *,
+        where: str = "all",
+        backend: str = "auto",
+        batches: Iterable[Mapping[str, Tensor]] | None = None,
+    ):
+        one_of(backend, ("auto", "hook", "gather"), "backend")
+        self.positions = select_positions(model, budget, mask, seed, where, batches)
+        self.about = dict(mask=mask if isinstance(mask, str) else "own", seed=str(seed), where=str(where))
+        named = dict(model.named_parameters())
+        if any(named[n].is_meta for n in self.positions):
+            raise UserError("the model is on the meta device (or offloaded): load its weights before tuning them")
+        self._flags = [(p, p.requires_grad) for p in named.values()]
+        for p in named.values():
+            p.requires_grad_(False)
+            p.grad = None
+        users: dict[int, list[nn.Module]] = {}  # the layers whose own forward is the only thing that reads `weight`
+        for m in model.modules():
+            plain = "forward" not in vars(m) or hasattr(m, "_hf_hook")  # accelerate wraps forward, and calls the old one
+            if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
+                users.setdefault(id(m.weight), []).append(m)
+        self._slots: list[_Slot] = []
+        self._handles = []
+        self._armed: list[nn.Parameter] = []  # weights of the gather path, see _arm
+        self._lock = threading.Lock()  # autograd runs a thread for each device
+        self._disarming = False
+        start = 0
+        for name, index in self.positions.items():
+            slot = _Slot(self, named[name], index, start)
+            self._slots.append(slot)
+            start = slot.stop
+            modules = users.get(id(slot.weight), [])
+            slot.weight.requires_grad_(True)
+            self._handles.append(slot.weight.register_post_accumulate_grad_hook(slot.take_dense))
+            if modules and backend != "hook" and (backend == "gather" or slot.gather_is_cheaper(modules)):
+                slot.weight.requires_grad_(False)
+                self._armed.append(slot.weight)
+                for m in modules:
+                    use = _Linear(slot, m) if type(m) is nn.Linear else _Embedding(slot, m)
+                    self._handles.append(m.register_forward_pre_hook(use.before))
+                    self._handles.append(m.register_forward_hook(use.after, prepend=True, with_kwargs=True))
+        if self._armed:
+            self._handles.append(model.register_forward_pre_hook(self._arm, prepend=True))
+        device = self._slots[0].weight.device
+        self.values = nn.Parameter(torch.cat([s.original.to(device, torch.float32) for s in self._slots]))
+
+    # A weight of the gather path is frozen, so that autograd forms no dense gradient of it. But a model may also use it
+    # without calling the layer that holds it (F.linear(h, self.embed.weight)). So from the start of a forward to the end
+    # of the backward it requires a gradient everywhere but inside its own layers, and such a use takes the hook path.
+    def _arm(self, *_: object) -> None:
+        if torch.is_grad_enabled():
+            self._disarming = False
+            for weight in self._armed:
+                weight.requires_grad_(True)
+
+    def _disarm(self) -> None:
+        self._disarming = False
+        for weight in self._armed:
+            weight.requires_grad_(False)
+
+    def _disarm_after_backward(self) -> None:
+        if not self._disarming:
+            self._disarming = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
+
+    def _accumulate(self, slot: _Slot, grad: Tensor) -> None:
+        """values.grad[slot] += grad"""
+        with self._lock:
+            if self.values.grad is None:
+                self.values.grad = torch.zeros_like(self.values)
+        self.values.grad[slot.start : slot.stop] += grad.to(self.values.device, self.values.dtype)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """values -> the model's weights, in their dtype. Call it after each optimizer step, or `attach` the optimizer."""
+        for slot in self._slots:
+            slot.put(self.values[slot.start : slot.stop])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The pretrained numbers -> the model's weights, bit for bit. `values` stays, so write() brings it back."""
+        for slot in self._slots:
+            slot.put(slot.original)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """write() after each optimizer.step(), until remove()."""
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.write()))
+
+    def remove(self) -> None:
+        """Take all hooks off the model; its weights stay as they are, and require gradients as before APET."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+
+    def save(self, file: str | os.PathLike, **about: str) -> None:
+        """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
+
+        `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; in the metadata the mask,
+        seed and where, `about`, and `layout`: base64 of zlib of a JSON list of [name, shape, number of positions].
+        """
+        layout = [[n, list(s.weight.shape), s.stop - s.start] for n, s in zip(self.positions, self._slots, strict=True)]
+        wide = max(s.weight.numel() for s in self._slots) > 2**31 - 1
+        indices = torch.cat(list(self.positions.values())).to(torch.int64 if wide else torch.int32)
+        packed = base64.b64encode(zlib.compress(json.dumps(layout).encode(), 9)).decode()
+        tensors = {"values": self.values.detach().cpu().contiguous(), "indices": indices}
+        save_tensors(tensors, file, {"format": "apet 1", "layout": packed, **self.about, **about})
+
+    @classmethod
+    def load(cls, model: nn.Module, file: str | os.PathLike, *, backend: str = "auto") -> APET:
+        """The APET that `save` wrote, its values written into `model`. ValueError if the file is for another model."""
+        tensors, about = load_tensors(file)
+        try:
+            if about["format"] != "apet 1":
+                raise KeyError
+            layout = json.loads(zlib.decompress(base64.b64decode(about["layout"], validate=True)))
+            values, indices = tensors["values"], tensors["indices"].long()
+            counts = [int(count) for _, _, count in layout]
+            if not (values.shape == indices.shape == (sum(counts),) and min(counts) > 0 and values.dtype == torch.float32):
+                raise KeyError
+            parts = dict(zip([str(n) for n, _, _ in layout], indices.split(counts), strict=True))
+            shapes = {str(n): tuple(shape) for n, shape, _ in layout}
+        except (KeyError, ValueError, TypeError, zlib.error):
+            raise UserError(f"{file} is no delta of APET (or a broken one)") from None
+        own = candidates(model)
+        for name, shape in shapes.items():
+            if name not in own:
+                raise UserError(f"{file} was made for another model: this one has no parameter {name}")
+            if tuple(own[name].shape) != shape:
+                raise UserError(f"{file} was made for another model: {name} is {shape} there and {tuple(own[name].shape)} here")
+        apet = cls(model, None, mask=parts, backend=backend)
+        if list(apet.positions) != list(parts) or any(not torch.equal(apet.positions[n], i) for n, i in parts.items()):
+            apet.remove()
+            raise UserError(f"{file} was made for another model: its parameters come in another order")
+        apet.about = {key: about.get(key, "") for key in apet.about}
+        with torch.no_grad():
+            apet.values.copy_(values)
+        apet.write()
+        return apet
+
+
+class _Slot:
+    """The chosen entries of one parameter, and where they stand in `values`."""
+
+    def __init__(self, apet: APET, weight: nn.Parameter, index: Tensor, start: int):
+        self.apet, self.weight, self.start, self.stop = apet, weight, start, start + len(index)
+        self.index = index.to(weight.device)
+        self.original = weight.detach().take(self.index)
+
+    def here(self) -> Tensor:
+        """The flat indices, on the weight's device (the model may have moved)."""
+        if self.index.device != self.weight.device:
+            self.index = self.index.to(self.weight.device)
+        return self.index
+
+    def put(self, numbers: Tensor) -> None:
+        self.weight.put_(self.here(), numbers.to(self.weight.device, self.weight.dtype))
+
+    def take_dense(self, weight: nn.Parameter) -> None:
+        """The hook path: gather the chosen entries of the dense gradient, and drop it."""
+        grad = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+        self.apet._accumulate(self, grad.take(self.here()))
+        weight.grad = None
+
+    def rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        """Of each chosen entry of a matrix, int64."""
+        return self.index // self.weight.shape[1], self.index % self.weight.shape[1]
+
+    def gather_is_cheaper(self, modules: list[nn.Module]) -> bool:
+        """Than a dense gradient; in multiply-adds per token, see COST."""
+        cost = COST["cpu" if self.weight.device.type == "cpu" else "cuda"]
+        dense, m = self.weight.numel(), len(self.index)
+        if any(type(module) is nn.Linear for module in modules):
+            rows, cols = (len(x.unique()) for x in self.rows_and_columns())
+            return min(cost["dot"] * m, rows * cols) + cost["line"] * (rows + cols) + cost["call"] < dense
+        return self.weight.shape[0] >= 512 and m < dense // 4  # an embedding: the dense gradient costs its own size
+
+
+class _Linear:
+    """One nn.Linear of the gather path: dL/dW[i, j] = sum over tokens of dY[t, i] X[t, j], at the chosen (i, j) alone."""
+
+    def __init__(self, slot: _Slot, module: nn.Linear):
+        self.slot = slot
+        row, col = slot.rows_and_columns()
+        self.rows, self.row_of = row.unique(return_inverse=True)
+        self.cols, self.col_of = col.unique(return_inverse=True)
+        self.all_rows = len(self.rows) == module.out_features
+        # Nearly all of x: keep x itself, without a copy; layers with the same input (q, k, v) then share it.
+        self.all_cols = len(self.cols) >= 0.9 * module.in_features
+        cost = COST["cpu" if row.device.type == "cpu" else "cuda"]
+        # whole rows, columns or blocks: the product over the rows and columns touched beats single dot products
+        self.product = len(self.rows) * len(self.cols) <= cost["dot"] * len(row)
+        self.csr = None
+        if not self.product and row.device.type == "cpu":
+            ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(self.row_of).cumsum(0)])
+            size = (len(self.rows), len(self.cols))
+            with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
+                warnings.simplefilter("ignore")
+                self.csr = torch.sparse_csr_tensor(ends, self.col_of, torch.zeros(len(row)), size=size)
+
+    def before(self, *_: object) -> None:
+        if torch.is_grad_enabled():
+            self.slot.weight.requires_grad_(False)
+
+    def after(self, module: nn.Linear, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        self.slot.weight.requires_grad_(True)
+        x = args[0] if args else kwargs["input"]
+        x = x.detach().reshape(-1, x.shape[-1])
+        return _Tap.apply(output, self.slot.apet.values, self, self.keep(x, output))
+
+    def keep(self, x: Tensor, output: Tensor) -> Tensor:
+        """What backward needs: the chosen columns of x (tokens, in), transposed; x itself if most are chosen."""
+        x = x.t() if self.all_cols else x.t().index_select(0, self.cols.to(x.device))
+        return x.to(output.device, output.dtype)
+
+    def entries(self, kept: Tensor, grad: Tensor) -> Tensor:
+        """The gradient at the chosen entries, from kept (columns, tokens) and the output's gradient (..., out)."""
+        dy = grad.reshape(-1, grad.shape[-1]).t()
+        if self.rows.device != dy.device:
+            self.rows, self.cols = self.rows.to(dy.device), self.cols.to(dy.device)
+            self.row_of, self.col_of = self.row_of.to(dy.device), self.col_of.to(dy.device)
+        if len(kept) > len(self.cols):
+            kept = kept.index_select(0, self.cols)
+        if not self.all_rows:
+            dy = dy.index_select(0, self.rows)
+        if self.product:
+            return (dy @ kept.t()).view(-1).index_select(0, self.row_of * len(self.cols) + self.col_of)
+        if self.csr is not None and dy.device.type == "cpu" and dy.dtype != torch.float64:
+            return torch.sparse.sampled_addmm(self.csr, dy.float(), kept.float().t(), beta=0.0).values()
+        out = torch.empty(len(self.row_of), device=dy.device, dtype=torch.promote_types(dy.dtype, torch.float32))
+        step = max(1, (1 << 24) // max(1, dy.shape[1]))  # bounds the temporaries to 64 MiB each
+        for i in range(0, len(out), step):
+            row, col = self.row_of[i : i + step], self.col_of[i : i + step]
+            out[i : i + step] = (dy.index_select(0, row).to(out.dtype) * kept.index_select(0, col).to(out.dtype)).sum(1)
+        return out
+
+
+class _Embedding:
+    """One nn.Embedding of the gather path: the output's gradient, summed over equal tokens of the batch, then gathered."""
+
+    before = _Linear.before
+
+    def __init__(self, slot: _Slot, module: nn.Embedding):
+        self.slot = slot
+        row, self.col = slot.rows_and_columns()
+        self.rows, self.row_of = row.unique(return_inverse=True)
+        self.padding = module.padding_idx
+
+    def after(self, module: nn.Embedding, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        self.slot.weight.requires_grad_(True)
+        ids = args[0] if args else kwargs["input"]
+        return _Tap.apply(output, self.slot.apet.values, self, ids.reshape(-1).to(output.device))
+
+    def entries(self, ids: Tensor, grad: Tensor) -> Tensor:
+        """The gradient at the chosen entries, from the token ids (tokens,) and the output's gradient (..., width)."""
+        if self.rows.device != ids.device:
+            self.rows, self.row_of, self.col = (i.to(ids.device) for i in (self.rows, self.row_of, self.col))
+        grad = grad.reshape(len(ids), -1)
+        ids, order = ids.sort()
+        group = nn.functional.pad((ids[1:] != ids[:-1]).cumsum(0), (1, 0))  # equal ids form a group
+        sums = grad.new_zeros(len(ids) + 1, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        sums.index_add_(0, group, grad.index_select(0, order).to(sums.dtype))
+        first = torch.searchsorted(ids, self.rows).clamp_(max=len(ids) - 1)
+        found = ids[first] == self.rows
+        if self.padding is not None:
+            found &= self.rows != self.padding
+        at = torch.where(found, group[first], len(ids))  # the last row of `sums` is zero: for ids not in the batch
+        return sums.view(-1).take(at[self.row_of] * grad.shape[1] + self.col)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; in backward it takes the gradient of the layer's chosen entries."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, values: Tensor, use: _Linear | _Embedding, kept: Tensor) -> Tensor:
+        ctx.use = use
+        ctx.save_for_backward(kept)
+        return output.detach()  # not `output`: an in-place activation may follow
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        slot = ctx.use.slot
+        slot.apet._disarm_after_backward()
+        (kept,) = ctx.saved_tensors
+        if grad.numel():
+            slot.apet._accumulate(slot, ctx.use.entries(kept, grad))
+        return grad, None, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The other methods of the paper
+# ----------------------------------------------------------------------------------------------------------------------
+
+COUNTED = ("lora", "adapter", "prompt", "bitfit")  # methods whose size is a budget
+LORA_RANK, ADAPTER_WIDTH, PROMPT_TOKENS = 8, 24, 100  # the authors'
+QUERY_VALUE = r"(SelfAttention\.[qv]|(attention|self)\.(query|value)|query_key_value|c_attn|[qv]_(proj|lin))$"
+SUBLAYER_END = (  # the linear layer that ends self-attention or feed-forward, before the residual is added
+    r"(SelfAttention\.o|DenseReluDense\.wo|self_attention\.dense|dense_4h_to_h|output\.dense|(attn|mlp)\.c_proj"
+    r"|self_attn\.(out_proj|o_proj)|(^|\.)fc2|down_proj|attention\.out_lin|ffn\.lin2)$"
+)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of nn.Linear and of GPT-2's Conv1D, whose weight is transposed; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape) if type(module).__name__ == "Conv1D" else None
+
+
+def linear_layers(model: nn.Module, pattern: str, what: str) -> dict[str, nn.Module]:
+    """The linear layers whose names match."""
+    found = {n: m for n, m in model.named_modules() if re.search(pattern, n) and linear_shape(m)}
+    if not found:
+        raise UserError(f"{what}: {type(model).__name__} has none of the layers it goes to ({pattern})")
+    return found
+
+
+def method_parameters(model: nn.Module, method: str) -> int:
+    """How many scalars a method trains on this model at the authors' settings, computed from the model's shapes."""
+    one_of(method, COUNTED, "method")
+    if method == "lora":  # two factors of rank 8
+        return sum(LORA_RANK * sum(linear_shape(m)) for m in linear_layers(model, QUERY_VALUE, "lora").values())
+    if method == "adapter":  # down and up with biases, width 24
+        widths = [linear_shape(m)[1] for m in linear_layers(model, SUBLAYER_END, "adapter").values()]
+        return sum(2 * ADAPTER_WIDTH * width + ADAPTER_WIDTH + width for width in widths)
+    if method == "prompt":
+        return PROMPT_TOKENS * model.get_input_embeddings().embedding_dim
+    biases = [p.numel() for n, p in model.named_parameters() if re.search(r"(^|[._])bias$", n)]
+    if biases:
+        return sum(biases)
+    return sum(linear_shape(m)[1] for m in linear_layers(model, "", "bitfit").values())  # a new bias for each (T5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(tensors: dict[str, Tensor], file: str | os.PathLike, about: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then rename it: whoever reads sees all of it or nothing."""
+    from safetensors.torch import save
+
+    write_file(file, save(tensors, metadata={key: str(value) for key, value in about.items()}))
+
+
+def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; a UserError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(file):
+        raise UserError(f"there is no file {file}")
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file} is not a safetensors file: {e}") from None
+
+
+def write_file(file: str | os.PathLike, content: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    folder, name = os.path.split(os.path.abspath(file))
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    except OSError as e:
+        raise UserError(f"can't write {file}: {e.strerror}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks: what is tuned for
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """A row of the table. Text columns that are None are found in the data; so are label words."""
+
+    source: str  # a hub id, or a local file or folder
+    config: str | None
+    fields: tuple[str, ...] | None
+    label: str | None
+    words: tuple[str, ...] | None  # the labels in words, by label number; () for a text as target
+    metric: str  # accuracy, f1 (accuracy and F1 of label 1), rouge or squad
+    splits: tuple[str, str | None, str]  # train; picks the best step (None: a fixed part of train); is reported
+
+
+TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy")
+LOCAL_SPLITS = ("train", "validation", "test")
+TASKS = {
+    "toy-sentiment": Task(f"{TOY}/tasks/sentiment", None, ("text",), "label", ("negative", "positive"), "accuracy", LOCAL_SPLITS),
+    "toy-inference": Task(
+        f"{TOY}/tasks/inference", None, ("premise", "hypothesis"), "label",
+        ("entailment", "neutral", "contradiction"), "accuracy", LOCAL_SPLITS,
+    ),
+    "toy-paraphrase": Task(
+        f"{TOY}/tasks/paraphrase", None, ("sentence1", "sentence2"), "label", ("not_equivalent", "equivalent"), "f1", LOCAL_SPLITS
+    ),
+    "toy-qa": Task(f"{TOY}/tasks/qa", None, ("context", "question"), "answer", (), "squad", LOCAL_SPLITS),
+    "toy-summary": Task(f"{TOY}/tasks/summary", None, ("document",), "summary", (), "rouge", LOCAL_SPLITS),
+}  # fmt: skip
+HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error of 1.6 points at most, at little cost
+FOUND_LABELS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
+
+
+class Example(NamedTuple):
+    source: str
+    target: str  # what training learns to write: the label's word, the summary, the first answer
+    label: int  # number of the label; -1 for texts
+    answers: tuple[str, ...]  # what scoring accepts
+
+
+class Data(NamedTuple):
+    task: str
+    words: tuple[str, ...]
+    metric: str
+    train: list[Example]
+    select: list[Example]  # picks the best step
+    report: list[Example]  # is reported
+    about: dict  # where each split comes from, for the result
+
+
+def load_task(args: argparse.Namespace) -> Data:
+    """The three splits of a task as text. UserError for what is missing or does not fit."""
+    task = TASKS.get(args.task)
+    if task is None:
+        if not os.path.exists(args.task):
+            close = difflib.get_close_matches(args.task, TASKS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(TASKS)}; or a local file or folder"
+            raise UserError(f"unknown task {args.task!r}: {hint}")
+        task = Task(args.task, None, None, None, None, "", LOCAL_SPLITS)
+    if args.text_fields:
+        task = task._replace(fields=tuple(args.text_fields.split(",")))
+    if args.label_field:
+        task = task._replace(label=args.label_field, words=None, metric="")
+    splits, about = read_local(task.source)
+    if "train" not in splits and args.load is None and args.method != ["none"]:
+        raise UserError(f"{task.source} has no training split (it has {', '.join(splits)})")
+    first = next(iter(splits.values()))[0]
+    label = task.label or next((name for name in FOUND_LABELS if name in first), None)
+    if label is None:
+        raise UserError(f"{task.source}: which column is the label? --label-field NAME; there are {', '.join(first)}")
+    fields = task.fields or tuple(n for n, v in first.items() if isinstance(v, str) and n not in (label, "id", "idx"))
+    for name in (*fields, label):
+        if name not in first:
+            raise UserError(f"{task.source} has no column {name!r}; there are {', '.join(first)}")
+    if not fields:
+        raise UserError(f"{task.source}: which columns are the text? --text-fields A,B; there are {', '.join(first)}")
+    words = task.words
+    if words is None:  # few distinct values are labels; else a text is to be written
+        values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row[label] is not None]
+        kinds = sorted({str(v) for v in values}) if not isinstance(values[0], list) else []
+        words = tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(values) // 4)) else ()
+    metric = task.metric or ("accuracy" if words else "squad" if isinstance(first[label], list) else "rouge")
+    made = {name: to_examples(rows, fields, label, words, f"{task.source} ({name})") for name, rows in splits.items()}
+    dropped = {name: len(rows) - len(made[name]) for name, rows in splits.items() if len(rows) > len(made[name])}
+    about |= {"rows dropped for an empty field": dropped} if dropped else {}
+
+    def part(rows: list, size: int | None, seed: int) -> list:
+        if size is None or size >= len(rows):
+            return rows
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [rows[i] for i in sorted(order[:size])]
+
+    train, named = made.get("train", []), dict(zip(("train", "select", "report"), task.splits, strict=True))
+    named["report"] = next((n for n in (named["report"], "test", "validation") if n in made), None)
+    if named["select"] not in made or named["select"] == named["report"]:
+        named["select"] = None
+
+    def hold_out() -> list:
+        nonlocal train
+        size = min(HOLD_OUT, len(train) // 10)
+        if size < 1:
+            raise UserError(f"{task.source}: {len(train)} training examples are too few to hold some out; add a validation split")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+        held = [train[i] for i in sorted(order[:size])]
+        train = [train[i] for i in sorted(order[size:])]
+        return held
+
+    report = made[named["report"]] if named["report"] else hold_out()
+    select = made[named["select"]] if named["select"] else hold_out() if train else report[:0]
+    about |= {"report": named["report"] or "held out of train", "select": named["select"] or "held out of train"}
+    train = part(train, args.train_size, 0)
+    select, report = part(select, args.eval_size or HOLD_OUT, 0), part(report, args.eval_size, 0)
+    about["sizes"] = {"train": len(train), "select": len(select), "report": len(report)}
+    return Data(args.task, words, metric, train, select, report, about)
+
+
+def read_local(path: str) -> tuple[dict[str, list[dict]], dict]:
+    """{split: rows} of a jsonl, csv, tsv or parquet file (which is `train`), or of a folder with a file for each split."""
+    if os.path.isdir(path):
+        files = {}
+        for split, names in (("train", ("train",)), ("validation", ("validation", "valid", "dev", "val")), ("test", ("test",))):
+            for name in names:
+                found = [f"{path}/{name}{e}" for e in READERS if os.path.isfile(f"{path}/{name}{e}")]
+                if found:
+                    files[split] = found[0]
+                    break
+        if not files:
+            raise UserError(f"{path} holds no train, validation or test file ({', '.join(READERS)})")
+    else:
+        if os.path.splitext(path)[1] not in READERS:
+            raise UserError(f"{path} must be a folder or a file of type {', '.join(READERS)}")
+        files = {"train": path}
+    splits = {}
+    for split, file in files.items():
+        try:
+            rows = READERS[os.path.splitext(file)[1]](file)
+        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as e:
+            raise UserError(f"can't read {file}: {e}") from None
+        if not rows:
+            raise UserError(f"{file} is empty: the split {split} has no rows")
+        if not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{file}: each row must hold named columns")
+        splits[split] = rows
+    digest = hashlib.sha256()
+    for file in files.values():
+        with open(file, "rb") as f:
+            digest.update(f.read())
+    return splits, {"revision": f"sha256:{digest.hexdigest()[:16]}"}
+
+
+def read_jsonl(file: str) -> list[dict]:
+    with open(file, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.strip()]
+
+
+def read_table(file: str) -> list[dict]:
+    with open(file, encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f, delimiter="\t" if file.endswith(".tsv") else ","))
+
+
+def read_parquet(file: str) -> list[dict]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"reading {file} needs the package pyarrow: pip install pyarrow") from None
+    try:
+        return parquet.read_table(file).to_pylist()
+    except ArrowException as e:
+        raise UserError(f"can't read {file}: {e}") from None
+
+
+READERS = {".jsonl": read_jsonl, ".csv": read_table, ".tsv": read_table, ".parquet": read_parquet}
+
+
+def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tuple[str, ...], where: str) -> list[Example]:
+    """Rows as text, in the authors' format; rows in which a field is missing or empty are left out."""
+    out = []
+    for number, row in enumerate(rows, 1):
+        texts = [row.get(name) for name in fields]
+        target = row.get(label)
+        if any(t is None or not str(t).strip() for t in texts) or target is None or target == "" or target == []:
+            continue
+        body = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(fields) > 1 else str(texts[0])
+        if not words:
+            answers = tuple(map(str, target)) if isinstance(target, (list, tuple)) else (str(target),)
+            out.append(Example(body, answers[0], -1, answers))
+            continue
+        try:
+            index = words.index(str(target)) if str(target) in words else int(target)
+            if not 0 <= index < len(words):
+                raise ValueError
+        except (ValueError, TypeError):
+            raise UserError(f"{where}, row {number}: the label {target!r} is none of {', '.join(words)}") from None
+        out.append(Example(body, words[index], index, (words[index],)))
+    if not out:
+        raise UserError(f"{where}: no row has a text and a label")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def measure(metric: str, predictions: list, examples: list[Example]) -> dict[str, float]:
+    """Scores in 0 to 1; the first is the one that is reported. Predictions: label numbers, or texts."""
+    if metric in ("accuracy", "f1"):
+        truth = [e.label for e in examples]
+        scores = {"accuracy": sum(p == t for p, t in zip(predictions, truth, strict=True)) / len(truth)}
+        if metric == "f1":
+            hits = sum(p == t == 1 for p, t in zip(predictions, truth, strict=True))
+            scores["f1"] = 2 * hits / max(1, sum(p == 1 for p in predictions) + sum(t == 1 for t in truth))
+        return scores
+    if metric == "squad":
+        pairs = list(zip(predictions, examples, strict=True))
+        return {
+            "f1": sum(max(squad_f1(p, a) for a in e.answers) for p, e in pairs) / len(pairs),
+            "exact": sum(any(squad_words(p) == squad_words(a) for a in e.answers) for p, e in pairs) / len(pairs),
+        }
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UserError("ROUGE needs the package rouge-score: pip install rouge-score") from None
+    scorer = RougeScorer(["rougeL", "rouge1", "rouge2"], use_stemmer=True)
+    scores = [scorer.score(e.answers[0], p) for p, e in zip(predictions, examples, strict=True)]
+    return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ("rougeL", "rouge1", "rouge2")}
+
+
+def squad_words(text: str) -> list[str]:
+    """SQuAD's normal form: lower case, without punctuation and articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def squad_f1(prediction: str, answer: str) -> float:
+    """SQuAD's F1 of the words of two texts."""
+    p, a = squad_words(prediction), squad_words(answer)
+    if not p or not a:
+        return float(p == a)
+    common = sum((Counter(p) & Counter(a)).values())
+    return 2 * common / (len(p) + len(a))
+
+
+def baselines(data: Data) -> dict[str, float]:
+    """The score without reading the input: a random guess, and training's most frequent target, always."""
+    most = Counter(e.target for e in data.train or data.report).most_common(1)[0][0]
+    if data.words:
+        majority = measure(data.metric, [data.words.index(most)] * len(data.report), data.report)
+        return {"random_guess": 1 / len(data.words), "majority": next(iter(majority.values()))}
+    pool, pick = data.train or data.report, random.Random(0)
+    guess = measure(data.metric, [pick.choice(pool).target for _ in data.report], data.report)
+    majority = measure(data.metric, [most] * len(data.report), data.report)
+    return {"random_guess": next(iter(guess.values())), "majority": next(iter(majority.values()))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+TOY_MODELS = ("toy-tiny", "toy-small", "toy-base", "toy-large")
+SHORT = {f"t5-{size}": f"google-t5/t5-{size}" for size in ("small", "base", "large", "3b", "11b")}
+SHORT |= {f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")}
+SHORT |= {f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt" for size in ("small", "base", "large", "xl", "xxl")}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_model(name: str) -> str:
+    """The folder or hub id that a name stands for."""
+    if name in TOY_MODELS:
+        path = os.path.join(TOY, "models", name.removeprefix("toy-"))
+        if not os.path.isdir(path):
+            raise UserError(f"{name} lies in tests/toy beside apet.py, which is not there; name another --model")
+        return path
+    if name in SHORT or os.path.isdir(name):
+        return SHORT.get(name, name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and ".." not in name:
+        return name
+    close = difflib.get_close_matches(name, [*TOY_MODELS, *SHORT], n=1)
+    hint = f"did you mean {close[0]}?" if close else "a local folder, namespace/name on the hub, or one of " + ", ".join(SHORT)
+    raise UserError(f"unknown model {name!r}: {hint}")
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, found out once and within 3 seconds; if not, its libraries read their cache alone."""
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=3)
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
+    except (OSError, ValueError):
+        hub.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, object, dict]:
+    """(model in training mode, tokenizer, facts for the result). UserError if it can't be had."""
+    path = find_model(args.model)
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
+    online = os.path.isdir(path) or hub_answers()
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        if not config.is_encoder_decoder:
+            raise UserError(f"{args.model} is {config.model_type}: only encoder-decoder models (T5) can be loaded so far")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        where = {"device_map": args.device_map} if args.device_map else {}
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, config=config, dtype=DTYPES[args.dtype], **where)
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        if isinstance(e, UserError):
+            raise
+        if not online:
+            raise UserError(
+                f"{path} is not in the cache and the hub can't be reached; work offline with a local folder or --model toy-base"
+            ) from None
+        raise UserError(f"can't load the model {args.model}: {' '.join(str(e).split())[:300]}") from None
+    model.train()
+    if not args.device_map:
+        model.to(args.device)
+    revision = getattr(config, "_commit_hash", None) or "local"
+    return model, tokenizer, {"path": path if not os.path.isdir(path) else args.model, "revision": revision}
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Every dropout rate of a model, those kept as plain numbers for functional calls included."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if ("drop" in name and isinstance(value, float)) or (isinstance(module, nn.Dropout) and name == "p"):
+                setattr(module, name, rate)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches and scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Coder:
+    """Text -> token ids, in the authors' format `Input: ... Output: `; what was encoded once is remembered."""
+
+    def __init__(self, tokenizer: object, max_source: int, max_target: int):
+        self.tokenizer, self.max_source, self.max_target = tokenizer, max_source, max_target
+        self.seen: dict[str, list[int]] = {}
+
+    def source(self, text: str) -> list[int]:
+        """Too long a text is cut at its end, not the closing `Output:`."""
+        if text not in self.seen:
+            ids = self.tokenizer(f"Input: {text} Output: ").input_ids
+            if len(ids) > self.max_source:
+                end = self.tokenizer(" Output: ").input_ids
+                ids = self.tokenizer(f"Input: {text}", add_special_tokens=False).input_ids[: self.max_source - len(end)] + end
+            self.seen[text] = ids
+        return self.seen[text]
+
+    def target(self, text: str) -> list[int]:
+        """Ends in the end-of-sequence token, when cut, too."""
+        ids = self.tokenizer(text_target=text, add_special_tokens=False).input_ids[: self.max_target - 1]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
+        """input_ids and attention_mask (batch, longest source); labels (batch, longest target), -100 where there is none."""
+
+        def pad(rows: list[list[int]], value: int) -> Tensor:
+            width = max(map(len, rows))
+            return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+
+        out = {
+            "input_ids": pad(sources, self.tokenizer.pad_token_id or 0),
+            "attention_mask": pad([[1] * len(s) for s in sources], 0),
+        }
+        if targets is not None:
+            out["labels"] = pad(targets, -100)
+        return out
+
+
+def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy summed over the target tokens, in fp32 (a sum, so that micro-batches and ranks add up exactly)."""
+    logits = model(**batch).logits
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+
+
+@torch.no_grad()
+def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words: tuple[str, ...], device: object) -> Tensor:
+    """(batch, labels): log-likelihood of each label's tokens, end of sequence included, given the source."""
+    batch = coder.batch(sources, None, device)
+    encoded = model.get_encoder()(**batch)
+    scores = []
+    for word in words:
+        labels = torch.tensor([coder.target(word)] * len(sources), device=device)
+        logits = model(encoder_outputs=encoded, attention_mask=batch["attention_mask"], labels=labels).logits
+        logp = logits.float().log_softmax(-1).to(labels.device)
+        scores.append(logp.gather(-1, labels[..., None])[..., 0].sum(-1))
+    return torch.stack(scores, dim=1)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example], batch_size: int, device: object) -> list:
+    """Label numbers, or texts by greedy decoding, in the order of `examples`; batches hold sources of like length."""
+    rank, world = ranks()
+    order = sorted(range(len(examples)), key=lambda i: (len(coder.source(examples[i].source)), i))
+    out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    model.eval()
+    try:
+        for chosen in batches[rank::world]:
+            sources = [coder.source(examples[i].source) for i in chosen]
+            if data.words:
+                out[chosen, 0] = label_scores(model, coder, sources, data.words, device).argmax(1)
+            else:
+                batch = coder.batch(sources, None, device)
+                tokens = model.generate(**batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1)[:, 1:]
+                out[chosen, : tokens.shape[1]] = tokens
+    finally:
+        model.train()
+    if world > 1:
+        torch.distributed.all_reduce(out)
+    if data.words:
+        return out[:, 0].tolist()
+    return [text.strip() for text in coder.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tuned(NamedTuple):
+    """What a method trains: fp32 parameters, how they get into the model, and how the model gets back to before."""
+
+    params: dict[str, nn.Parameter]
+    write: Callable[[], None]
+    undo: Callable[[], None]
+    apet: APET | None = None
+
+
+def prepare(model: nn.Module, args: argparse.Namespace, batches: list[dict] | None = None) -> Tuned:
+    """Put `args.method` on the pretrained model."""
+    model.requires_grad_(False)
+    if args.method == "none":
+        return Tuned({}, lambda: None, lambda: None)
+    if args.method == "apet":
+        if args.load:
+            apet = APET.load(model, args.load)
+        else:
+            apet = APET(model, args.budget, args.mask, args.mask_seed, where=args.where, batches=batches)
+
+        def undo() -> None:
+            apet.restore()
+            apet.remove()
+
+        return Tuned({"values": apet.values}, apet.write, undo, apet)
+    return tune_whole(dict(model.named_parameters()))
+
+
+def tune_whole(params: dict[str, nn.Parameter]) -> Tuned:
+    """Whole tensors, trained in fp32: a half-precision one through an fp32 copy, for its own small steps would vanish."""
+    original = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
+    masters, handles = {}, []
+    for name, p in params.items():
+        p.requires_grad_(True)
+        masters[name] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+        if masters[name] is not p:
+
+            def move(p: nn.Parameter, master: nn.Parameter = masters[name]) -> None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+            handles.append(p.register_post_accumulate_grad_hook(move))
+
+    @torch.no_grad()
+    def write() -> None:
+        for name, p in params.items():
+            if masters[name] is not p:
+                p.copy_(masters[name])
+
+    @torch.no_grad()
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        for name, p in params.items():
+            p.copy_(original[name])
+            p.requires_grad_(False)
+            p.grad = None
+
+    return Tuned(masters, write, undo)
+
+
+def auto_lr(method: str, budget: int, total: int) -> float:
+    """AdamW's rate. Fewer scalars need a much larger one (Xu & Zhang, ICML 2024: 1e-2 at 0.01 % of the model)."""
+    if method != "apet":
+        return 1e-3
+    return 1e-2
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes)"""
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
+
+
+def batch_at(step: int, size: int, n: int, seed: int) -> list[int]:
+    """The examples of a step: every epoch is a new permutation; a function of its arguments, so nothing has to be saved."""
+    out = []
+    for at in range(step * size, (step + 1) * size):
+        out.append(_permutation(n, seed, at // n)[at % n])
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
+
+
+def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argparse.Namespace, state_file: str) -> dict:
+    """Train, keep the parameters that score best on data.select, and leave them in the model. Returns the run's record.
+
+    The record: loss (mean per target token) and evaluation curves, best step, seconds, milliseconds a step, tokens a second.
+    Raises UserError when the loss is not finite, Interrupted (state saved) on SIGINT or SIGTERM.
+    """
+    rank, world = ranks()
+    optimizer = torch.optim.AdamW(tuned.params.values(), lr=args.lr, weight_decay=0.0)  # decay would pull to 0, not to W0
+    record = {"loss": [], "eval": [], "train_s": 0.0, "eval_s": 0.0, "tokens": 0, "step": 0, "best": None}
+    best: dict[str, Tensor] = {}
+
+    def evaluate() -> None:
+        start = time.perf_counter()
+        scores = measure(data.metric, predict(model, coder, data, data.select, args.eval_batch_size, args.device), data.select)
+        score = next(iter(scores.values()))
+        record["eval"].append({"step": record["step"], **scores})
+        if record["best"] is None or score > record["best"]["score"]:
+            record["best"] = {"step": record["step"], "score": score}
+            best.update({n: p.detach().to("cpu", copy=True) for n, p in tuned.params.items()})
+        record["eval_s"] += time.perf_counter() - start
+
+    def save_state() -> None:
+        if rank == 0:
+            tensors = {f"p.{n}": p.detach() for n, p in tuned.params.items()} | {f"b.{n}": t for n, t in best.items()}
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"o.{i}.{n}": t for n, t in state.items()}
+            tensors["rng"] = torch.get_rng_state()
+            if torch.cuda.is_available():
+                tensors["rng.cuda"] = torch.cuda.get_rng_state()
+            save_tensors({n: t.cpu().contiguous() for n, t in tensors.items()}, state_file, {"record": json.dumps(record)})
+
+    if args.resume and os.path.exists(state_file):
+        tensors, about = load_tensors(state_file)
+        record = json.loads(about["record"])
+        with torch.no_grad():
+            for name, p in tuned.params.items():
+                p.copy_(tensors[f"p.{name}"])
+                best[name] = tensors[f"b.{name}"]
+        blank = optimizer.state_dict()
+        for key, t in tensors.items():
+            if key.startswith("o."):
+                _, i, name = key.split(".")
+                blank["state"].setdefault(int(i), {})[name] = t
+        optimizer.load_state_dict(blank)
+        torch.set_rng_state(tensors["rng"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        tuned.write()
+        say(f"continuing at step {record['step']}")
+    else:
+        evaluate()
+
+    stop = []
+    old = (
+        {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        if in_main_thread()
+        else {}
+    )
+    bar = tqdm(
+        total=args.steps, initial=record["step"], disable=rank > 0, unit="step", desc=args.label, mininterval=0.5, leave=False
+    )
+    try:
+        while record["step"] < args.steps:
+            start = time.perf_counter()
+            chosen = [data.train[i] for i in batch_at(record["step"], args.batch_size, len(data.train), args.seed)]
+            targets = [coder.target(e.target) for e in chosen]
+            count = sum(map(len, targets))
+            loss = torch.zeros((), device=args.device)
+            for i in range(args.grad_accum):  # micro-batch i of this rank
+                mine = range(rank * args.grad_accum + i, len(chosen), world * args.grad_accum)
+                if len(mine):
+                    batch = coder.batch([coder.source(chosen[j].source) for j in mine], [targets[j] for j in mine], args.device)
+                    part = loss_sum(model, batch) / count
+                    part.backward()
+                    loss += part.detach()
+            if world > 1:
+                for p in tuned.params.values():
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    torch.distributed.all_reduce(p.grad)
+                torch.distributed.all_reduce(loss)
+            loss = loss.item()
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {record['step'] + 1}; a smaller --lr (now {args.lr:g}) may help")
+            optimizer.step()
+            optimizer.zero_grad()
+            tuned.write()
+            record["step"] += 1
+            record["loss"].append(round(loss, 5))
+            record["tokens"] += count + sum(len(coder.source(e.source)) for e in chosen)
+            record["train_s"] += time.perf_counter() - start
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if record["step"] % args.eval_every == 0 or record["step"] == args.steps:
+                evaluate()
+                if record["step"] < args.steps:
+                    save_state()
+            if stop:
+                save_state()
+                raise Interrupted(stop[0], record["step"])
+    finally:
+        bar.close()
+        for s, handler in old.items():
+            signal.signal(s, handler)
+    with torch.no_grad():
+        for name, p in tuned.params.items():
+            p.copy_(best[name])
+    tuned.write()
+    return record
+
+
+class Interrupted(Exception):
+    """A signal came; the state is saved."""
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag, with its default's reason. None stands for a default that depends on the others; see `settle`."""
+    p = argparse.ArgumentParser(
+        prog="apet.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = p.add_argument
+    add(
+        "--model",
+        default="toy-base",
+        help="a local folder, a hub id, or a short name such as t5-large (default: %(default)s, offline)",
+    )
+    add("--task", default="toy-sentiment", help="a name of the table, or a local file or folder (default: %(default)s, offline)")
+    add("--method", default="apet", help="apet, full or none; a list sweeps")
+    add("--budget", default="1e4", help="scalars to tune: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps")
+    add("--mask", default="random", help=f"how positions are chosen: {', '.join(MASKS)}; a list sweeps")
+    add("--where", default="all", help=f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names")
+    add("--mask-seed", default="0", help="seed of the positions; a list sweeps")
+    add("--seed", default="0", help="seed of training: data order, dropout; a list sweeps")
+    add("--lr", default="auto", help="AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps")
+    add("--steps", help="optimizer steps (default: the authors' 20,000; 300 for the toy tasks, which is where they level off)")
+    add("--batch-size", default="32", help="examples a step, over all micro-batches and processes (default: 32, the authors')")
+    add("--grad-accum", default="1", help="micro-batches a step")
+    add("--max-source-length", default="128", help="tokens (default: 128, the authors')")
+    add("--max-target-length", default="128", help="tokens, end of sequence included")
+    add("--eval-every", help="steps between evaluations (default: a twentieth of all, the authors'; a quarter for the toy tasks)")
+    add("--eval-batch-size", default="64", help="examples a batch in evaluation")
+    add("--train-size", help="use that many training examples (fixed choice)")
+    add("--eval-size", help="evaluate on that many examples (fixed choice; default: all, at most 1,000 to pick the best step)")
+    add("--dropout", help="rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--device-map", help="spread the model over several devices: auto (needs accelerate)")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations (without it: only once memory has run out)")
+    add("--text-fields", help="text columns, comma-separated")
+    add("--label-field", help="column of the label or target text")
+    add("--out", default="results/runs", help="folder of the results (default: %(default)s)")
+    add("--save", help="file for the delta (default: beside the result)")
+    add("--export", help="folder for a plain Hugging Face checkpoint of the tuned model")
+    add("--load", help="a saved delta: evaluate it, without training")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="skip finished cells, continue an interrupted one")
+    return p
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Check the arguments, fill in those that depend on others, and split the lists. Raises UserError."""
+
+    def split(text: str, what: str, read: Callable[[str], object]) -> list:
+        parts = [part.strip() for part in str(text).split(",")]
+        if not all(parts):
+            raise UserError(f"--{what}: empty entry in {text!r}")
+        return list(dict.fromkeys(read(part) for part in parts))
+
+    def seed(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text):
+            raise UserError(f"a seed must be a whole number from 0 to 999999999, not {text!r}")
+        return int(text)
+
+    def rate(text: str) -> float | str:
+        try:
+            if text == "auto" or 0 < float(text) < math.inf:
+                return text if text == "auto" else float(text)
+        except ValueError:
+            pass
+        raise UserError(f"--lr must be a number above 0, or auto, not {text!r}")
+
+    toy = args.task.startswith("toy-")
+    args.method = split(args.method, "method", lambda m: one_of(m, METHODS, "method"))
+    args.mask = split(args.mask, "mask", lambda m: one_of(m, MASKS, "mask"))
+    args.budget = split(args.budget, "budget", str)
+    args.mask_seed, args.seed = split(args.mask_seed, "mask-seed", seed), split(args.seed, "seed", seed)
+    args.lr = split(args.lr, "lr", rate)
+    args.steps = parse_count(args.steps or (300 if toy else 20_000), "--steps")
+    args.eval_every = parse_count(args.eval_every or max(1, args.steps // (4 if toy else 20)), "--eval-every")
+    for name in (
+        "batch_size",
+        "grad_accum",
+        "max_source_length",
+        "max_target_length",
+        "eval_batch_size",
+        "train_size",
+        "eval_size",
+    ):
+        value = getattr(args, name)
+        setattr(args, name, None if value is None else parse_count(value, "--" + name.replace("_", "-")))
+    if args.max_source_length < 8 or args.max_target_length < 2:
+        raise UserError("--max-source-length must be at least 8 and --max-target-length at least 2")
+    if args.grad_accum > args.batch_size:
+        raise UserError(f"--grad-accum {args.grad_accum} is above --batch-size {args.batch_size}")
+    if args.dropout is None:
+        args.dropout = 0.0 if args.model in TOY_MODELS else None
+    else:
+        try:
+            args.dropout = float(args.dropout)
+        except ValueError:
+            args.dropout = -1.0
+        if not 0 <= args.dropout < 1:
+            raise UserError("--dropout must be a number from 0 to below 1")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
+    if args.load and args.method != ["apet"]:
+        raise UserError("--load evaluates a saved delta of apet; leave --method out")
+    return args
+
+
+METHODS = ("apet", "full", "none")
+
+
+def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """One set of arguments for each run of the sweep; what a method does not read does not multiply it."""
+    out = []
+    for method in args.method:
+        apet, trains = method == "apet" and not args.load, method != "none" and not args.load
+        for budget, mask, mask_seed, seed, lr in itertools.product(
+            args.budget if apet else [None], args.mask if apet else [None], args.mask_seed if apet else [None],
+            args.seed if trains else [None], args.lr if trains else [None],
+        ):  # fmt: skip
+            cell = argparse.Namespace(
+                **vars(args) | dict(method=method, budget=budget, mask=mask, mask_seed=mask_seed, seed=seed, lr=lr)
+            )
+            if method != "apet":
+                cell.where = None
+            kept = {
+                k: v
+                for k, v in sorted(vars(cell).items())
+                if k not in ("out", "save", "export", "resume", "device", "eval_batch_size")
+            }
+            if not trains:
+                kept = {k: v for k, v in kept.items() if k not in ("steps", "eval_every", "batch_size", "grad_accum", "dropout")}
+            parts = [args.model, args.task, "loaded" if args.load else method]
+            parts += [f"{mask}-{budget}-p{mask_seed}"] if apet else []
+            parts += [f"s{seed}"] if trains else []
+            parts.append(hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8])
+            cell.name = "-".join(re.sub(r"[^\w.-]+", "_", part).strip(".")[-60:] for part in parts)
+            cell.label = " ".join(str(x) for x in (cell.method, budget, mask, mask_seed) if x is not None)
+            out.append(cell)
+    return out
+
+
+def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argparse.Namespace) -> dict:
+    """Train and evaluate one cell, write its files, and leave the model as it was. Returns the result."""
+    start = time.perf_counter()
+    file = os.path.join(args.out, args.name)
+    total = sum(p.numel() for p in model.parameters())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(args.seed or 0)
+    set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
+    batches = None
+    if args.mask == "gradient":
+        rows = [data.train[i] for i in batch_at(0, 8 * args.batch_size, len(data.train), args.mask_seed)]
+        batches = [
+            coder.batch([coder.source(e.source) for e in part], [coder.target(e.target) for e in part], args.device)
+            for part in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
+        ]
+    tuned = prepare(model, args, batches)
+    try:
+        count = sum(p.numel() for p in tuned.params.values())
+        given = args.lr
+        args.lr = auto_lr(args.method, count, total) if args.lr == "auto" else args.lr
+        record = {}
+        if tuned.params and not args.load:
+            record = train(model, tuned, coder, data, args, f"{file}.state")
+        began = time.perf_counter()
+        scores = measure(data.metric, predict(model, coder, data, data.report, args.eval_batch_size, args.device), data.report)
+        record["eval_s"] = record.get("eval_s", 0.0) + time.perf_counter() - began
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        with open(__file__, "rb") as f:
+            source = hashlib.sha256(f.read()).hexdigest()
+        name, score = next(iter(scores.items()))
+        result = {
+            "score": score,
+            "metric": name,
+            "metrics": scores,
+            "baselines": baselines(data),
+            "tuned_params": count,
+            "head_params": 0,
+            "total_params": total,
+            "density": count / total,
+            "lr": args.lr,
+            "best": record.get("best"),
+            "loss_curve": record.get("loss", []),
+            "eval_curve": record.get("eval", []),
+            "seconds": {"train": record.get("train_s", 0.0), "eval": record["eval_s"], "all": time.perf_counter() - start},
+            "step_ms": 1e3 * record["train_s"] / record["step"] if record.get("step") else None,
+            "tokens_per_s": record["tokens"] / record["train_s"] if record.get("train_s") else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else usage,
+            "labels": list(data.words),
+            "data": data.about,
+            "model": facts,
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")} | {"lr": given},
+            "versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")},
+            "device": machine(args.device),
+            "processes": ranks()[1],
+            "apet_sha256": source,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }  # fmt: skip
+        if ranks()[0] == 0:
+            if tuned.apet and not args.load:
+                result["delta"] = args.save or f"{file}.safetensors"
+                tuned.apet.save(result["delta"], model=args.model, task=args.task)
+            if args.export:
+                model.save_pretrained(args.export)
+                coder.tokenizer.save_pretrained(args.export)
+            write_file(f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
+            if os.path.exists(f"{file}.state"):
+                os.unlink(f"{file}.state")
+        return result
+    finally:
+        tuned.undo()
+
+
+def table(results: list[tuple[argparse.Namespace, dict]], data: Data) -> str:
+    """What a person wants to know, a line a cell."""
+    first, base = results[0][1], results[0][1]["baselines"]
+    lines = [
+        f"\n{results[0][0].model} on {data.task} ({data.about['report']}, {len(data.report):,} examples): {first['metric']}; "
+        f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
+    ]
+    head = (
+        "method",
+        "tuned",
+        "of all",
+        "positions",
+        "lr",
+        "best step",
+        first["metric"],
+        "seconds",
+        "ms/step",
+        "tokens/s",
+        "peak MB",
+    )
+    rows = [head]
+    for cell, r in results:
+        rows.append(
+            (
+                "loaded" if cell.load else cell.method,
+                f"{r['tuned_params']:,}",
+                f"{r['density']:.3%}",
+                f"{cell.mask} {cell.mask_seed}" if cell.mask else "",
+                f"{r['lr']:.2g}" if r["lr"] else "",
+                f"{r['best']['step']}" if r["best"] else "",
+                f"{r['score']:.3f}",
+                f"{r['seconds']['all']:.1f}",
+                f"{r['step_ms']:.1f}" if r["step_ms"] else "",
+                f"{r['tokens_per_s']:,.0f}" if r["tokens_per_s"] else "",
+                f"{r['peak_memory_bytes'] / 1e6:,.0f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines += [
+        "  ".join(x.ljust(w) if i in (0, 3) else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths, strict=True))) for r in rows
+    ]
+    cell, last = results[-1]
+    lines.append(f"result  {os.path.join(cell.out, cell.name)}.json")
+    if "delta" in last:
+        lines.append(f"delta   {last['delta']}")
+    return "\n".join(lines)
+
+
+def machine(device: str) -> str:
+    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def say(text: str) -> None:
+    if ranks()[0] == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """The whole command. Raises UserError, Interrupted."""
+    args = settle(parser().parse_args(argv))
+    todo = cells(args)
+    if (args.save or args.export) and len(todo) > 1:
+        raise UserError(f"--save and --export want one run, not a sweep of {len(todo)}")
+    if args.load:
+        load_tensors(args.load)  # a wrong file is known before the model is loaded
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the folder {args.out}: {e.strerror}") from None
+    done = {}
+    for cell in todo:
+        file = os.path.join(args.out, f"{cell.name}.json")
+        if args.resume and os.path.exists(file):
+            with open(file, encoding="utf-8") as f:
+                done[cell.name] = json.load(f)
+    data = load_task(args)
+    if len(done) < len(todo):
+        say(f"loading {args.model}")
+        model, tokenizer, facts = load_model(args)
+        coder = Coder(tokenizer, args.max_source_length, args.max_target_length)
+        for budget in [b for b in args.budget if "apet" in args.method and not args.load]:
+            parse_budget(budget, model)  # a wrong one is known before the first cell has run
+        if args.gradient_checkpointing:
+            checkpoint(model)
+    results = []
+    for i, cell in enumerate(todo, 1):
+        if cell.name not in done:
+            if len(todo) > 1:
+                say(f"[{i}/{len(todo)}] {cell.label}")
+            try:
+                done[cell.name] = run_cell(model, facts, coder, data, cell)
+            except torch.OutOfMemoryError:
+                if model.is_gradient_checkpointing:
+                    raise UserError(
+                        "out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum"
+                    ) from None
+                say("out of GPU memory: once more with gradient checkpointing")
+                checkpoint(model)
+                done[cell.name] = run_cell(model, facts, coder, data, cell)
+        results.append((cell, done[cell.name]))
+    if ranks()[0] == 0:
+        print(table(results, data))
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Non-reentrant: the reentrant kind gives no gradient when a segment's inputs are frozen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # renamed in transformers 5.23; the old name works in all of 5
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(argv)
+    except UserError as e:
+        print(f"apet: error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        number, step = e.args
+        print(f"apet: interrupted after step {step}; the same command continues there", file=sys.stderr)
+        return 128 + number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+"""What a training step costs, against the frozen bound and beside other methods, in one process and in alternation.
+
+    python tests/bench.py                                        # T5-base shapes, fp32, 8 x 128 tokens, 1e2 ... 1e7
+    python tests/bench.py --shape t5-large --dtype bf16 --batch 32 --device cuda
+
+The frozen bound is forward plus backward to the inputs of the same model, all weights frozen: what any method that
+tunes weights throughout the model has to pay. A round times each method once, in random order; figures are medians over rounds,
+ratios are medians of the ratios within a round (shared machines drift). Random weights: speed does not depend on them.
+
+Writes results/bench/NAME.json and prints a table. peft is needed for the rows LoRA and SHiRA, and left out without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from apet import APET
+
+T5 = {  # d_model, d_ff, layers, heads, d_kv, as published
+    "t5-small": (512, 2048, 6, 8, 64),
+    "t5-base": (768, 3072, 12, 12, 64),
+    "t5-large": (1024, 4096, 24, 16, 64),
+    "t5-3b": (1024, 16384, 24, 32, 128),
+    "t5-11b": (1024, 65536, 24, 128, 128),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(shape: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    d_model, d_ff, layers, heads, d_kv = T5[shape]
+    config = transformers.T5Config(
+        vocab_size=32128, d_model=d_model, d_ff=d_ff, num_layers=layers, num_heads=heads, d_kv=d_kv, dropout_rate=0.0,
+        decoder_start_token_id=0, use_cache=False,
+    )  # fmt: skip
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = transformers.T5ForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    return model.train()
+
+
+def sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Frozen:
+    """The bound: backward reaches the inputs, nothing is tuned."""
+
+    label, tuned = "frozen bound", 0
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.params = model, []
+        model.requires_grad_(False)
+        self.hooks = [m.register_forward_hook(lambda m, a, out: out.requires_grad_(True)) for m in
+                      (model.encoder.embed_tokens, model.decoder.embed_tokens)]  # fmt: skip
+        self.optimizer = None
+
+    def step(self, batch: dict) -> None:
+        self.model(**batch).loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.model.requires_grad_(True)
+
+
+class Tuned(Frozen):
+    """Parameters of the model, or added to it, with AdamW."""
+
+    def __init__(self, model: torch.nn.Module, label: str, params: list, close=lambda: None):
+        self.model, self.label, self.params, self.closing = model, label, params, close
+        self.tuned = sum(p.numel() for p in params)
+        self.optimizer = torch.optim.AdamW(params, lr=1e-6)
+
+    def close(self) -> None:
+        self.optimizer = None
+        self.closing()
+        self.model.requires_grad_(True)
+
+
+def apet_row(model: torch.nn.Module, k: int, backend: str) -> Tuned:
+    start = time.perf_counter()
+    apet = APET(model, k, backend=backend)
+    row = Tuned(model, f"APET {k:.0e} {backend}".replace("e+0", "e"), [apet.values], apet.remove)
+    row.setup_s, row.apet = time.perf_counter() - start, apet
+    apet.attach(row.optimizer)
+    return row
+
+
+def mask_row(model: torch.nn.Module, k: int) -> Tuned:
+    """A dense 0/1 mask on dense gradients and dense AdamW moments, as FISH and LT-SFT do."""
+    apet = APET(model, k)
+    apet.remove()
+    named, hooks = dict(model.named_parameters()), []
+    for name, p in named.items():
+        p.requires_grad_(name in apet.positions)
+        if name in apet.positions:
+            mask = torch.zeros_like(p).view(-1).index_fill_(0, apet.positions[name].to(p.device), 1).view_as(p)
+            hooks.append(p.register_hook(lambda grad, mask=mask: grad * mask))
+    row = Tuned(
+        model, f"dense mask {k:.0e}".replace("e+0", "e"), [named[n] for n in apet.positions], lambda: [h.remove() for h in hooks]
+    )
+    row.tuned = k
+    return row
+
+
+def bitfit_row(model: torch.nn.Module) -> Tuned:
+    """A new zero bias in every linear layer (T5 has none)."""
+    model.requires_grad_(False)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    for m in linears:
+        m.bias = torch.nn.Parameter(m.weight.new_zeros(m.out_features))
+    params = [m.bias for m in linears]
+
+    def close() -> None:
+        for m in linears:
+            m.bias = None
+
+    return Tuned(model, "BitFit", params, close)
+
+
+def peft_row(model: torch.nn.Module, label: str, config: object) -> Tuned:
+    import peft
+
+    model.requires_grad_(False)
+    wrapped = peft.get_peft_model(model, config)
+
+    def close() -> None:
+        wrapped.unload()
+
+    return Tuned(model, label, [p for p in wrapped.parameters() if p.requires_grad], close)
+
+
+def saved_bytes(row: Frozen, batch: dict) -> int:
+    """Bytes that autograd keeps for backward, each storage once, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in row.model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        s = t.untyped_storage()
+        if s.data_ptr() not in weights:
+            seen[s.data_ptr()] = s.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = row.model(**batch).loss
+    total = sum(seen.values())
+    loss.backward()
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=T5, default="t5-base")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=8, help="examples")
+    parser.add_argument("--source", type=int, default=128, help="source tokens of each")
+    parser.add_argument("--target", type=int, default=8, help="target tokens of each (labels are words)")
+    parser.add_argument("--budgets", default="1e2,1e4,1e5,1e6,1e7")
+    parser.add_argument("--backends", default="auto", help="of auto,hook,gather")
+    parser.add_argument("--peers", default="full,lora,shira,shira-all,mask,bitfit", help="of these, or 'none'")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--name", help="of the JSON file; default: from the shape")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = build(args.shape, DTYPES[args.dtype], args.device)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    total = sum(p.numel() for p in model.parameters())
+    draw = lambda length: torch.randint(3, 32000, (args.batch, length), device=args.device)  # noqa: E731
+    batch = {"input_ids": draw(args.source), "labels": draw(args.target)}
+    budgets = [int(float(k)) for k in args.budgets.split(",")]
+    peers = args.peers.split(",")
+
+    makers = [lambda: Frozen(model)]
+    makers += [lambda k=k, b=b: apet_row(model, k, b) for k in budgets for b in args.backends.split(",")]
+    if "full" in peers:
+        makers.append(lambda: Tuned(model, "full fine-tuning", list(model.parameters())))
+    if "mask" in peers:
+        makers.append(lambda: mask_row(model, 10_000))
+    if "bitfit" in peers:
+        makers.append(lambda: bitfit_row(model))
+    try:
+        import peft
+
+        linear = ["q", "k", "v", "o", "wi", "wo"]
+        if "lora" in peers:
+            makers.append(
+                lambda: peft_row(model, "LoRA r=8 on q, v (peft)", peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"]))
+            )
+        if "shira" in peers:
+            makers.append(lambda: peft_row(model, "SHiRA r=1 on q, v (peft)", peft.ShiraConfig(r=1, target_modules=["q", "v"])))
+        if "shira-all" in peers:
+            makers.append(lambda: peft_row(model, "SHiRA r=1 on all linear (peft)", peft.ShiraConfig(r=1, target_modules=linear)))
+    except ImportError:
+        print("peft is not installed: no rows for LoRA and SHiRA")
+
+    times: list[dict[str, float]] = []
+    facts: dict[str, dict] = {}
+    order = list(range(len(makers)))
+    for round_ in range(args.rounds + 1):
+        random.Random(round_).shuffle(order)
+        times.append({})
+        for i in [0] + [i for i in order if i]:  # the bound first, so that each round has its own
+            row = makers[i]()
+            for repeat in range(2):  # the first is a warm-up: moments are made, memory is fetched
+                sync(args.device)
+                start = time.perf_counter()
+                row.step(batch)
+                sync(args.device)
+                times[-1][row.label] = 1e3 * (time.perf_counter() - start)
+            if round_ == 0:
+                if args.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    row.step(batch)
+                    peak = torch.cuda.max_memory_allocated()
+                fact = dict(tuned=row.tuned, saved_bytes=saved_bytes(row, batch))
+                fact["gradient_bytes"] = sum(p.grad.nbytes for p in row.params if p.grad is not None)
+                states = row.optimizer.state.values() if row.optimizer else []
+                fact["optimizer_bytes"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
+                if args.device == "cuda":
+                    fact["peak_bytes"] = peak
+                if hasattr(row, "apet"):
+                    start = time.perf_counter()
+                    row.apet.write()
+                    sync(args.device)
+                    fact |= dict(write_ms=1e3 * (time.perf_counter() - start), setup_s=row.setup_s)
+                facts[row.label] = fact
+            for p in row.model.parameters():
+                p.grad = None
+            row.close()
+            del row
+            gc.collect()
+    times = times[1:]  # round 0 warmed up and took the facts
+    rows = []
+    for label, fact in facts.items():
+        ratio = [t[label] / t["frozen bound"] for t in times]
+        rows.append(dict(method=label, ms=statistics.median(t[label] for t in times), ratio=statistics.median(ratio),
+                         ratio_low=min(ratio), ratio_high=max(ratio), **fact))  # fmt: skip
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    record = dict(
+        command="python tests/bench.py " + " ".join(sys.argv[1:]), commit=commit, date=time.strftime("%Y-%m-%d"), total=total,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(),
+        torch=torch.__version__, transformers=transformers.__version__, arguments=vars(args), rows=rows,
+    )  # fmt: skip
+    folder = ROOT / "results" / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = args.name or f"{args.shape}-{args.dtype}-{args.batch}x{args.source}-{args.device}"
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    bound = rows[0]["saved_bytes"]
+    print(f"\n{args.shape} {args.dtype}, {args.batch} x {args.source} source and {args.target} target tokens, {record['machine']}")
+    print(
+        f"{'method':32}{'tuned':>12}{'step ms':>9}{'ratio':>7}{'(range)':>13}{'saved MB':>10}{'ratio':>7}{'grad MB':>9}{'opt MB':>9}{'write ms':>9}"
+    )
+    for r in rows:
+        span = f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}"
+        print(f"{r['method']:32}{r['tuned']:12,}{r['ms']:9.0f}{r['ratio']:7.3f}{span:>13}{r['saved_bytes'] / 1e6:10.1f}"
+              f"{r['saved_bytes'] / bound:7.3f}{r['gradient_bytes'] / 1e6:9.1f}{r['optimizer_bytes'] / 1e6:9.1f}{r.get('write_ms', 0):9.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

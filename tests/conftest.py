@@ -1,0 +1,112 @@
+"""Tiny random models of every family, their inputs, and the paths of the offline toy."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a model hub; those of the stand-in say so themselves
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import transformers as hf
+from torch import nn
+
+torch.set_num_threads(2)
+TOY = ROOT / "tests" / "toy"
+VOCAB = 64
+
+
+class ConvNet(nn.Module):
+    """Convolutions, BatchNorm in training mode, and an in-place activation right after a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.hidden, self.classifier = nn.Linear(8 * 16, 32), nn.Linear(32, 5)
+
+    def forward(self, pixel_values, labels):
+        x = nn.functional.adaptive_avg_pool2d(self.features(pixel_values), 4).flatten(1)
+        x = nn.functional.relu_(self.hidden(x))
+        loss = nn.functional.cross_entropy(self.classifier(x).float(), labels)
+        return type("Output", (), {"loss": loss})()
+
+
+def _t5(tied: bool) -> nn.Module:
+    config = hf.T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0,
+        feed_forward_proj="relu" if tied else "gated-gelu", initializer_factor=1.0,
+    )  # fmt: skip
+    model = hf.T5ForConditionalGeneration(config)
+    if not tied:  # transformers ties it whatever the configuration says; the real v1.1 checkpoints are untied
+        model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny random model in training mode, without dropout."""
+    torch.manual_seed(seed)
+    if name.startswith("t5"):
+        model = _t5(tied=name == "t5")
+    elif name == "bert":
+        c = hf.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                          max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+        model = hf.BertForSequenceClassification(c)
+    elif name == "bloom":
+        c = hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
+        model = hf.BloomForCausalLM(c)
+    elif name == "gpt2":
+        c = hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+                          attn_pdrop=0.0)  # fmt: skip
+        model = hf.GPT2LMHeadModel(c)
+    elif name == "opt":
+        c = hf.OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, dropout=0.0,
+                         max_position_embeddings=32, word_embed_proj_dim=32)  # fmt: skip
+        model = hf.OPTForCausalLM(c)
+    elif name == "llama":
+        c = hf.LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                           intermediate_size=48, max_position_embeddings=32)  # fmt: skip
+        model = hf.LlamaForCausalLM(c)
+    elif name == "vit":
+        c = hf.ViTConfig(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                         intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+        model = hf.ViTForImageClassification(c)
+    else:
+        model = ConvNet()
+    return model.to(dtype).train()
+
+
+MODELS = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama", "vit", "conv")
+
+
+def batch_for(name: str, seed: int = 0, size: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random inputs with labels; text inputs hold padding."""
+    g = torch.Generator().manual_seed(seed)
+    if name in ("vit", "conv"):
+        pixels = torch.randn(size, 3, 16, 16, generator=g).to(dtype)
+        return {"pixel_values": pixels, "labels": torch.randint(0, 2, (size,), generator=g)}
+    ids = torch.randint(3, VOCAB, (size, 7), generator=g)
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    ids[0, -2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if name == "bert":
+        batch["labels"] = torch.randint(0, 2, (size,), generator=g)
+    elif name.startswith("t5"):
+        batch["labels"] = torch.randint(3, VOCAB, (size, 4), generator=g)
+    else:
+        batch["labels"] = ids.masked_fill(mask == 0, -100)
+    return batch
+
+
+def dense_gradient(model: nn.Module, batches: list[dict]) -> dict[str, torch.Tensor]:
+    """The reference: autograd's own gradient of every parameter, summed over the batches."""
+    for p in model.parameters():
+        p.requires_grad_(True)
+        p.grad = None
+    for batch in batches:
+        model(**batch).loss.backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    return grads
