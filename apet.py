@@ -123,10 +123,16 @@ def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
     params = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
     if not params:
         raise UserError(f"{type(model).__name__} has no floating-point parameters to tune")
-    owner = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
+    owners: dict[int, str] = {}  # the classes of the modules that hold it
+    for m in model.modules():
+        for p in m._parameters.values():
+            owners[id(p)] = owners.get(id(p), "") + type(m).__name__.lower()
 
     def is_norm(n: str) -> bool:
-        return "norm" in type(owner[id(params[n])]).__name__.lower()
+        return "norm" in owners[id(params[n])]
+
+    def is_embedding(n: str) -> bool:
+        return "embed" in owners[id(params[n])] + n.lower() and not is_norm(n) and not re.search(ATTENTION, n, re.I)
 
     layers = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", str(where))
     if where == "all":
@@ -134,7 +140,7 @@ def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
     elif where == "norm":
         found = [n for n in params if is_norm(n)]
     elif where == "embedding":
-        found = [n for n in params if "embed" in (type(owner[id(params[n])]).__name__ + n).lower() and not is_norm(n)]
+        found = [n for n in params if is_embedding(n)]
     elif where == "bias":
         found = [n for n in params if re.search(r"(^|[._])bias$", n)]
     elif where in ("attention", "mlp"):
@@ -722,7 +728,7 @@ def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise UserError(f"there is no file {file}")
     try:
         with safe_open(file, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is not a safetensors file: {e}") from None
 

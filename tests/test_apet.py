@@ -1,0 +1,308 @@
+"""The class: what is tuned, what stays bit-identical, what is saved, and how it fits into other people's loops."""
+
+import copy
+import gc
+import json
+import math
+import weakref
+
+import pytest
+import torch
+from conftest import MODELS, batch_for, build
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from apet import APET
+
+
+def bits(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a)
+
+
+def tune(model, batch, steps=5, lr=1e-2, optimizer=torch.optim.AdamW, **keywords):
+    apet = APET(model, **keywords)
+    steps_of = optimizer([apet.values], lr=lr)
+    apet.attach(steps_of)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        steps_of.step()
+        steps_of.zero_grad()
+    return apet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "hook", "gather"])
+@pytest.mark.parametrize("name", MODELS)
+def test_only_the_positions_change_and_restore_is_bit_exact(name, backend, dtype):
+    model = build(name, dtype=dtype)
+    before = bits(model)
+    apet = tune(model, batch_for(name, dtype=dtype), budget=300, backend=backend, lr=0.1)  # with AdamW's weight decay
+    after = bits(model)
+    changed = 0
+    for n in before:
+        chosen = torch.zeros(before[n].numel(), dtype=torch.bool)
+        chosen[apet.positions.get(n, torch.empty(0, dtype=torch.int64))] = True
+        differs = before[n].flatten() != after[n].flatten()
+        assert not differs[~chosen].any()
+        changed += int(differs[chosen].sum())
+    assert changed > 250
+    values = torch.cat([after[n].flatten()[i] for n, i in apet.positions.items()])
+    assert torch.equal(values, apet.values.detach().to(dtype))  # written through, in the weights' dtype
+    apet.restore()
+    assert same(before, bits(model))
+    apet.write()
+    assert same(after, bits(model))
+
+
+def test_values_start_at_the_pretrained_numbers_in_the_order_of_positions():
+    model = build("t5")
+    apet = APET(model, 200, seed=1)
+    named = dict(model.named_parameters())
+    assert torch.equal(apet.values.detach(), torch.cat([named[n].flatten()[i] for n, i in apet.positions.items()]))
+    assert apet.values.shape == (200,) and apet.values.dtype == torch.float32 and apet.values.is_leaf
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2"])
+def test_a_budget_of_everything_is_full_fine_tuning(name):
+    full, model = build(name), build(name)
+    batches = [batch_for(name, s) for s in range(6)]
+    optimizer = torch.optim.AdamW(full.parameters(), lr=1e-3, weight_decay=0.1)
+    apet = APET(model, "100%")
+    ours = torch.optim.AdamW([apet.values], lr=1e-3, weight_decay=0.1)
+    apet.attach(ours)
+    for batch in batches:
+        losses = [m(**batch).loss for m in (full, model)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+        for o in (optimizer, ours):
+            o.step()
+            o.zero_grad()
+    for a, b in zip(full.parameters(), model.parameters(), strict=True):
+        # Adam divides by a gradient's own size: entries whose gradient is rounding noise may step either way
+        assert (a - b).abs().gt(1e-4).float().mean() < 0.01
+
+
+def test_bfloat16_steps_too_small_for_the_weight_add_up_in_the_fp32_copy():
+    model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    apet = APET(model, 1)
+    optimizer = torch.optim.SGD([apet.values], lr=1e-4)
+    for _ in range(100):
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()  # gradient 1: in all 100 x 1e-4
+        optimizer.step()
+        apet.write()
+        optimizer.zero_grad()
+    assert apet.values.item() == pytest.approx(0.99, abs=1e-5)
+    assert model.weight.item() == torch.tensor(0.99).to(torch.bfloat16).item() != 1.0
+
+
+def test_gradients_accumulate_clip_and_reset_as_any_parameters():
+    model, batch = build("t5"), batch_for("t5")
+    apet = APET(model, 500)
+    model(**batch).loss.backward()
+    once = apet.values.grad.clone()
+    model(**batch).loss.backward()
+    torch.testing.assert_close(apet.values.grad, 2 * once, rtol=1e-4, atol=1e-6)
+    norm = torch.nn.utils.clip_grad_norm_([apet.values], 1e-3)
+    assert norm == pytest.approx(2 * once.norm().item(), rel=1e-4) and apet.values.grad.norm() <= 1.001e-3
+    torch.optim.SGD([apet.values], lr=1).zero_grad(set_to_none=True)
+    assert apet.values.grad is None
+    model(**batch).loss.backward()
+    torch.testing.assert_close(apet.values.grad, once, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_without_gradients_leaves_no_trace():
+    model, batch = build("t5").eval(), batch_for("t5")
+    apet = APET(model, 500, backend="gather")
+    with torch.no_grad():
+        loss = model(**batch).loss
+    assert not loss.requires_grad and apet.values.grad is None and not any(p.grad is not None for p in model.parameters())
+    with torch.inference_mode():
+        model.generate(batch["input_ids"], max_new_tokens=3)
+    model(**batch).loss.backward()  # in eval mode
+    assert apet.values.grad.abs().sum() > 0
+
+
+def test_remove_leaves_nothing_behind_and_the_weights_as_they_are():
+    model, batch = build("t5"), batch_for("t5")
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    model.shared.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    apet = APET(model, 500, backend="gather")
+    optimizer = torch.optim.AdamW([apet.values])
+    apet.attach(optimizer)
+    model(**batch).loss.backward()
+    optimizer.step()
+    tuned = bits(model)
+    alive = weakref.ref(apet), weakref.ref(apet.values)
+    apet.remove()
+    assert same(tuned, bits(model))
+    assert [p.requires_grad for p in model.parameters()] == flags and all(p.grad is None for p in model.parameters())
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    del apet, optimizer
+    gc.collect()
+    assert [r() for r in alive] == [None, None]
+    model(**batch).loss.backward()
+    assert model.lm_head.weight.grad is None and model.encoder.block[0].layer[0].SelfAttention.q.weight.grad is not None
+
+
+def test_the_model_saves_and_generates_as_its_own(tmp_path):
+    model, batch = build("t5"), batch_for("t5")
+    keys = list(model.state_dict())
+    tune(model, batch, budget=2000, lr=0.1)
+    assert list(model.state_dict()) == keys
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert same(bits(model), bits(again))
+    assert torch.equal(*(m.generate(batch["input_ids"], max_new_tokens=5) for m in (model, again)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_under_one_seed_loaded_under_another_gives_the_same_outputs(tmp_path, name, dtype):
+    model, batch = build(name, dtype=dtype), batch_for(name, dtype=dtype)
+    fresh = copy.deepcopy(model)
+    apet = tune(model, batch, budget=400, seed=3, lr=0.1)
+    apet.save(tmp_path / "d.safetensors")
+    torch.manual_seed(1234)
+    loaded = APET.load(fresh, tmp_path / "d.safetensors")
+    assert torch.equal(loaded.values, apet.values) and same(bits(model), bits(fresh))
+    assert all(torch.equal(loaded.positions[n], i) for n, i in apet.positions.items())
+    assert loaded.about == {"mask": "random", "seed": "3", "where": "all"}
+    if name != "conv":  # whose BatchNorm has seen more batches
+        assert torch.equal(model(**batch).loss, fresh(**batch).loss)
+    fresh(**batch).loss.backward()  # and it can be tuned on
+    assert loaded.values.grad.abs().sum() > 0
+
+
+def test_a_delta_is_small(tmp_path):
+    with torch.device("meta"):
+        import transformers as hf
+
+        model = hf.T5ForConditionalGeneration(
+            hf.T5Config(vocab_size=32128, num_layers=24, num_heads=16, d_model=64, d_ff=128, d_kv=8)
+        )
+    model.to_empty(device="cpu")
+    for k in (1, 1000, 10_000, 100_000):
+        APET(model, k).save(tmp_path / "d.safetensors")
+        assert (tmp_path / "d.safetensors").stat().st_size <= 8 * k + 6_000
+
+
+def test_a_delta_can_be_read_without_apet(tmp_path):
+    import base64
+    import zlib
+
+    model = build("bloom")
+    apet = APET(model, 100)
+    apet.save(tmp_path / "d.safetensors", task="sst2")
+    with safe_open(tmp_path / "d.safetensors", "pt") as f:
+        about, values, indices = f.metadata(), f.get_tensor("values"), f.get_tensor("indices")
+    assert about["task"] == "sst2"
+    layout = json.loads(zlib.decompress(base64.b64decode(about["layout"])))
+    assert [n for n, _, _ in layout] == list(apet.positions) and values.shape == indices.shape == (100,)
+    named = dict(model.named_parameters())
+    parts = zip(layout, indices.split([c for _, _, c in layout]), strict=True)
+    assert torch.equal(values, torch.cat([named[n].flatten()[i.long()] for (n, _, _), i in parts]))
+
+
+def test_a_delta_for_another_model_is_a_clear_error(tmp_path):
+    file = tmp_path / "d.safetensors"
+    APET(build("t5-untied"), 5000).save(file)
+    with pytest.raises(ValueError, match="made for another model: this one has no parameter"):
+        APET.load(build("t5"), file)
+    APET(torch.nn.Linear(4, 5), 3).save(file)
+    other = torch.nn.Linear(5, 4)
+    before = bits(other)
+    with pytest.raises(ValueError, match=r"weight is \(5, 4\) there and \(4, 5\) here"):
+        APET.load(other, file)
+    assert same(before, bits(other)) and all(p.requires_grad for p in other.parameters())
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "other", "pickle", "layout", "unsorted", "far"])
+def test_a_broken_delta_is_one_line(tmp_path, damage):
+    file, model = tmp_path / "d.safetensors", torch.nn.Linear(4, 5)
+    APET(model, 3).save(file)
+    with safe_open(file, "pt") as f:
+        tensors, about = {n: f.get_tensor(n) for n in ("values", "indices")}, f.metadata()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "text":
+        file.write_text("{}" * 50)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-3])
+    elif damage == "other":
+        save_file({"lora_A": torch.zeros(3)}, file)
+    elif damage == "pickle":
+        torch.save({"values": torch.zeros(3)}, file)
+    elif damage == "layout":
+        save_file(tensors, file, {**about, "layout": "bm90IHppcHBlZA=="})
+    elif damage == "unsorted":
+        save_file({**tensors, "indices": torch.tensor([2, 2, 1], dtype=torch.int32)}, file, about)
+    elif damage == "far":
+        save_file({**tensors, "indices": tensors["indices"] + 1000}, file, about)
+    with pytest.raises(ValueError) as e:
+        APET.load(model, file)
+    assert "\n" not in str(e.value)
+
+
+def test_a_model_without_weights_is_an_error():
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="meta device"):
+        APET(model, 2)
+
+
+def test_what_is_kept_stays_under_64_bytes_a_scalar():
+    """Indices, originals, values, gradient and AdamW's moments, on a layer where the gather path keeps its own tables."""
+    model = torch.nn.Sequential(torch.nn.Linear(2000, 2000, bias=False), torch.nn.Embedding(4000, 500))
+    k = 100_000
+    known = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    ids = {id(o) for o in known}
+    apet = APET(model, k, backend="gather")
+    model[0](torch.ones(1, 2000)).sum().backward()
+    new = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and id(o) not in ids]
+    flat = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in new if o.layout == torch.strided}
+    sparse = sum(t.nbytes for o in new if o.layout == torch.sparse_csr for t in (o.crow_indices(), o.values()))
+    assert sparse and apet.values.data_ptr() in flat  # the tables are among what was found
+    gradient, moments = apet.values.grad.nbytes, 2 * apet.values.nbytes
+    assert sum(flat.values()) + sparse + gradient + moments <= 64 * k
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop]
+)
+def test_every_torch_optimizer_lowers_the_loss(optimizer):
+    model, batch = build("bert"), batch_for("bert")
+    before = model(**batch).loss.item()
+    tune(model, batch, steps=20, budget=3000, optimizer=optimizer, lr=1e-2)
+    assert model(**batch).loss.item() < before
+
+
+def test_hugging_face_trainer_trains_it(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model, batch = build("t5"), batch_for("t5", size=8)
+    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    before = bits(model)
+    apet = APET(model, 2000)
+    optimizer = torch.optim.AdamW([apet.values], lr=3e-2)
+    apet.attach(optimizer)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    loss = model(**batch).loss.item()
+    Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+    with torch.no_grad():
+        assert model(**batch).loss.item() < 0.7 * loss and math.isfinite(loss)
+    apet.restore()
+    assert same(before, bits(model))
