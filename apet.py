@@ -1,4 +1,18 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "datasets==5.2.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+#     "safetensors==0.8.0",
+#     "rouge-score==0.1.2",
+#     "sentencepiece==0.2.3",
+#     "protobuf==7.36.2",
+# ]
+# ///
 """APET: tune exactly k scalars of a pretrained model, at any positions (arbitrary parameter-efficient tuning)."""
 
 from __future__ import annotations
@@ -1104,9 +1118,9 @@ class Coder:
     def source(self, text: str) -> list[int]:
         """Too long a text is cut at its end, not the closing `Output:`."""
         if text not in self.seen:
-            ids = self.tokenizer(f"Input: {text} Output: ").input_ids
+            ids = self.tokenizer(f"Input: {text} Output:").input_ids
             if len(ids) > self.max_source:
-                end = self.tokenizer(" Output: ").input_ids
+                end = self.tokenizer("Output:").input_ids
                 ids = self.tokenizer(f"Input: {text}", add_special_tokens=False).input_ids[: self.max_source - len(end)] + end
             self.seen[text] = ids
         return self.seen[text]
@@ -1703,11 +1717,12 @@ def run(argv: list[str] | None = None) -> None:
             try:
                 done[cell.name] = run_cell(model, facts, coder, data, cell)
             except torch.OutOfMemoryError:
-                if model.is_gradient_checkpointing:
+                if args.gradient_checkpointing:
                     raise UserError(
                         "out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum"
                     ) from None
                 say("out of GPU memory: once more with gradient checkpointing")
+                args.gradient_checkpointing = True
                 checkpoint(model)
                 done[cell.name] = run_cell(model, facts, coder, data, cell)
         results.append((cell, done[cell.name]))

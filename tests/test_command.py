@@ -1,0 +1,399 @@
+"""The command line, run for real on the toy family: results, sweeps, interruption, wrong input, several processes."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TOY
+from safetensors.torch import load_file
+
+import apet
+
+SMALL = ["--model", "toy-tiny", "--steps", "6", "--train-size", "64", "--eval-size", "32", "--eval-every", "3", "--batch-size", "8"]
+
+
+def run(*argv, out):
+    assert apet.main([*SMALL, *map(str, argv), "--out", str(out)]) == 0
+
+
+def results(out):
+    return {f.stem: json.loads(f.read_text()) for f in sorted(out.glob("*.json"))}
+
+
+def only(out):
+    (result,) = results(out).values()
+    return result
+
+
+def command(*argv, **environment):
+    return [sys.executable, str(ROOT / "apet.py"), *map(str, argv)], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+
+
+def numbers(result):
+    """What must not depend on when, where and beside what a cell was run."""
+    return {k: result[k] for k in ("score", "metrics", "loss_curve", "eval_curve", "best", "tuned_params", "lr")}
+
+
+def test_a_run_writes_a_result_that_can_be_redone_and_a_delta_that_gives_its_score(tmp_path):
+    run("--budget", "1e3", out=tmp_path / "a")
+    first = only(tmp_path / "a")
+    total = sum(t.numel() for t in load_file(TOY / "models/tiny/model.safetensors").values())
+    assert first["tuned_params"] == 1000 and first["total_params"] == total and first["head_params"] == 0
+    assert first["baselines"]["random_guess"] == 0.5 and 0 <= first["score"] <= 1 and first["metric"] == "accuracy"
+    assert len(first["loss_curve"]) == 6 and [e["step"] for e in first["eval_curve"]] == [0, 3, 6]
+    assert first["best"]["score"] == max(e["accuracy"] for e in first["eval_curve"])
+    assert first["data"]["select"] == "validation" and first["data"]["report"] == "test"
+    assert first["apet_sha256"] == __import__("hashlib").sha256((ROOT / "apet.py").read_bytes()).hexdigest()
+    assert (
+        first["versions"]["torch"] == importlib.metadata.version("torch")
+        and first["step_ms"] > 0
+        and first["peak_memory_bytes"] > 1e7
+    )
+    redo = [x for k in ("model", "task", "method", "budget", "mask", "mask_seed", "seed", "lr", "steps", "batch_size", "train_size",
+                        "eval_size", "eval_every") for x in (f"--{k.replace('_', '-')}", str(first["arguments"][k]))]  # fmt: skip
+    assert apet.main([*redo, "--out", str(tmp_path / "b")]) == 0
+    assert numbers(only(tmp_path / "b")) == numbers(first)
+    run("--load", first["delta"], out=tmp_path / "c")
+    loaded = only(tmp_path / "c")
+    assert loaded["score"] == first["score"] and loaded["tuned_params"] == 1000 and loaded["loss_curve"] == []
+
+
+def test_the_exported_checkpoint_is_a_plain_hugging_face_model_with_the_same_score(tmp_path):
+    run(
+        "--budget", "1e4", "--lr", "0.03", "--export", tmp_path / "model", "--save", tmp_path / "my.safetensors", out=tmp_path / "a"
+    )
+    assert (tmp_path / "my.safetensors").exists()
+    run("--model", tmp_path / "model", "--method", "none", out=tmp_path / "b")
+    assert only(tmp_path / "b")["score"] == only(tmp_path / "a")["score"]
+    assert only(tmp_path / "b")["tuned_params"] == 0
+
+
+def test_a_cell_of_a_sweep_has_the_numbers_it_has_alone(tmp_path, capsys):
+    sweep = ["--method", "full,apet,none", "--budget", "1e2,1e3", "--mask-seed", "0,1", "--lr", "auto,0.02"]
+    run(*sweep, out=tmp_path / "sweep")
+    cells = results(tmp_path / "sweep")
+    assert len(cells) == 2 + 8 + 1  # lr; budget x seed x lr; nothing
+    assert len([line for line in capsys.readouterr().out.splitlines() if re.match(r"(full|apet|none) ", line)]) == 11
+    alone = tmp_path / "alone"
+    run("--budget", "1e3", "--mask-seed", "1", "--lr", "0.02", out=alone)
+    run("--method", "full", out=alone)
+    run("--method", "none", out=alone)
+    for name, result in results(alone).items():
+        assert numbers(result) == numbers(cells[name])
+    tuned = load_file(cells[next(n for n in results(alone) if "apet" in n)]["delta"])
+    assert all(torch.equal(t, tuned[n]) for n, t in load_file(next(alone.glob("*.safetensors"))).items())
+
+
+def test_finished_cells_are_not_run_again_unless_asked(tmp_path):
+    run("--budget", "100", out=tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    first = file.stat().st_mtime_ns
+    run("--budget", "100,200", out=tmp_path)
+    assert file.stat().st_mtime_ns == first and len(list(tmp_path.glob("*.json"))) == 2
+    run("--budget", "100", "--no-resume", out=tmp_path)
+    assert file.stat().st_mtime_ns > first
+
+
+@pytest.mark.parametrize("method", ["apet", "full"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, method, how):
+    argv = ["--model", "toy-tiny", "--method", method, "--budget", "1e3", "--steps", "60", "--train-size", "200",
+            "--eval-size", "40", "--eval-every", "5", "--batch-size", "8", "--dropout", "0.1"]  # fmt: skip
+    line, environment = command(*argv, "--out", tmp_path / "a")
+    process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+    states = tmp_path / "a"
+    while process.poll() is None and not list(states.glob("*.state")):
+        time.sleep(0.02)
+    process.send_signal(how)
+    error = process.communicate()[1]
+    assert process.returncode == (128 + how if how == signal.SIGTERM else -how), error
+    assert not list(states.glob("*.json")) and len(list(states.glob("*.state"))) == 1
+    again = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    assert "continuing at step" in again.stderr
+    subprocess.run(command(*argv, "--out", tmp_path / "b")[0], env=environment, capture_output=True, check=True)
+    assert numbers(only(tmp_path / "a")) == numbers(only(tmp_path / "b"))
+    if method == "apet":
+        a, b = (load_file(next((tmp_path / x).glob("*.safetensors"))) for x in "ab")
+        assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not list(states.glob("*.state")) and not list(states.glob(".*"))
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
+    argv = [*SMALL, "--budget", "1e3", "--grad-accum", "2", "--batch-size", "7"]  # ragged: 7 over 2 ranks of 2 micro-batches
+    run(*argv, out=tmp_path / "one")
+    line, environment = command(*argv, "--out", tmp_path / "two")
+    line[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(line, env=environment, capture_output=True, check=True)
+    one, two = only(tmp_path / "one"), only(tmp_path / "two")
+    assert two["processes"] == 2
+    assert two["loss_curve"] == pytest.approx(one["loss_curve"], rel=1e-4) and two["score"] == pytest.approx(one["score"], abs=0.04)
+    a, b = (load_file(next((tmp_path / x).glob("*.safetensors"))) for x in ("one", "two"))
+    assert torch.equal(a["indices"], b["indices"])
+    # Adam divides by a gradient's own size: the few whose gradient is rounding noise may step either way
+    assert (a["values"] - b["values"]).abs().gt(1e-4).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("task", ["inference", "paraphrase", "qa", "summary"])
+def test_every_kind_of_task_trains_and_is_scored(tmp_path, task):
+    run("--task", f"toy-{task}", "--max-target-length", "24", out=tmp_path)
+    result = only(tmp_path)
+    wanted = {
+        "inference": ["accuracy"],
+        "paraphrase": ["accuracy", "f1"],
+        "qa": ["f1", "exact"],
+        "summary": ["rougeL", "rouge1", "rouge2"],
+    }
+    assert list(result["metrics"]) == wanted[task] and result["loss_curve"][-1] < result["loss_curve"][0]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_a_local_file_of_each_type_is_read_alike(tmp_path, kind):
+    rows = [json.loads(line) for line in (TOY / "tasks/sentiment/train.jsonl").read_text().splitlines()[:80]]
+    rows = [{"idx": i, "text": r["text"], "label": r["label"]} for i, r in enumerate(rows)]
+    file = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    elif kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    run("--task", file, "--budget", "100", out=tmp_path / "out")
+    result = only(tmp_path / "out")
+    assert (
+        result["labels"] == ["negative", "positive"] and result["data"]["select"] == result["data"]["report"] == "held out of train"
+    )
+    # 80 rows: 8 are held out for the report, then 7 of the 72 left to pick the best step
+    assert result["data"]["sizes"] == {"train": 64, "select": 7, "report": 8}
+    data = apet.load_task(apet.settle(apet.parser().parse_args(["--task", str(file)])))
+    parts = [{e.source for e in part} for part in (data.train, data.select, data.report)]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+def test_rows_with_an_empty_field_are_dropped_and_counted(tmp_path):
+    lines = [{"a": f"text {i}", "b": "more", "y": i % 2} for i in range(40)]
+    lines[3]["a"], lines[4]["y"] = None, None
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    args = apet.parser().parse_args(["--task", str(tmp_path / "d.jsonl"), "--text-fields", "a,b", "--label-field", "y"])
+    data = apet.load_task(apet.settle(args))
+    assert data.about["rows dropped for an empty field"] == {"train": 2} and data.words == ("0", "1")
+    assert sum(data.about["sizes"].values()) == 38 and data.train[0].source.startswith("a: text ")
+
+
+def test_label_scores_are_the_sum_of_token_log_likelihoods_whatever_the_padding():
+    """Against one forward a label and example, the tokens' log-probabilities picked out by hand."""
+    args = apet.settle(apet.parser().parse_args(["--model", "toy-tiny"]))
+    model, tokenizer, _ = apet.load_model(args)
+    model.eval()
+    coder = apet.Coder(tokenizer, 128, 16)
+    texts = ["the food was good.", "ben said that the room was not bad but eva never came back. the end", "no"]
+    words = ("negative", "not_equivalent", "a longer label of words")
+    sources = [coder.source(t) for t in texts]
+    batched = apet.label_scores(model, coder, sources, words, "cpu")
+    for i, source in enumerate(sources):
+        assert tokenizer.decode(source, skip_special_tokens=True) == f"Input: {texts[i]} Output:"
+        for j, word in enumerate(words):
+            target = tokenizer(word).input_ids
+            assert target[-1] == tokenizer.eos_token_id
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[0, *target[:-1]]])).logits[0]
+            by_hand = sum(logits[t].log_softmax(-1)[token].item() for t, token in enumerate(target))
+            assert batched[i, j].item() == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_batched_and_single_evaluation_agree():
+    args = apet.settle(apet.parser().parse_args(["--model", "toy-base", "--task", "toy-qa", "--eval-size", "24"]))
+    model, tokenizer, _ = apet.load_model(args)
+    coder = apet.Coder(tokenizer, 128, 12)
+    for task in ("toy-qa", "toy-inference"):
+        args.task = task
+        data = apet.load_task(args)
+        assert apet.predict(model, coder, data, data.report, 16, "cpu") == apet.predict(model, coder, data, data.report, 1, "cpu")
+
+
+def test_metrics_equal_cases_worked_by_hand():
+    examples = [apet.Example("", "", label, ()) for label in (1, 1, 0, 0)]
+    assert apet.measure("f1", [1, 0, 1, 0], examples) == {"accuracy": 0.5, "f1": 0.5}  # precision and recall are 1/2
+    assert apet.measure("f1", [0, 0, 0, 0], examples) == {"accuracy": 0.5, "f1": 0.0}
+    answers = [apet.Example("", "", -1, ("the Denver Broncos", "Broncos")), apet.Example("", "", -1, ("1987",))]
+    scores = apet.measure("squad", ["The Carolina Broncos!", "in 1987"], answers)
+    assert scores == {"f1": pytest.approx((2 / 3 + 2 / 3) / 2), "exact": 0.0}
+    assert apet.measure("squad", ["the broncos", "1987."], answers) == {"f1": 1.0, "exact": 1.0}
+    # rouge-score's own documentation: 'The quick brown fox jumps over the lazy dog' / 'The quick brown dog jumps on the log.'
+    e = [apet.Example("", "", -1, ("The quick brown fox jumps over the lazy dog",))]
+    scores = apet.measure("rouge", ["The quick brown dog jumps on the log."], e)
+    assert scores["rouge1"] == pytest.approx(2 * (6 / 8) * (6 / 9) / (6 / 8 + 6 / 9))
+    assert scores["rougeL"] == pytest.approx(2 * (5 / 8) * (5 / 9) / (5 / 8 + 5 / 9))  # the quick brown jumps the
+
+
+def test_a_long_source_is_cut_in_its_text_not_in_its_ending():
+    args = apet.settle(apet.parser().parse_args(["--model", "toy-tiny"]))
+    _, tokenizer, _ = apet.load_model(args)
+    ids = apet.Coder(tokenizer, 16, 8).source("the food was good. " * 50)
+    assert len(ids) <= 16
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.startswith("Input: the food") and text.endswith("Output:") and ids[-1] == tokenizer.eos_token_id
+
+
+def test_batches_cover_every_example_once_an_epoch():
+    seen = [i for step in range(10) for i in apet.batch_at(step, 7, 35, seed=1)]
+    assert sorted(seen[:35]) == sorted(seen[35:]) == list(range(35)) and seen[:35] != seen[35:]
+    assert apet.batch_at(3, 7, 35, seed=2) != apet.batch_at(3, 7, 35, seed=1)
+
+
+def test_full_fine_tuning_of_half_precision_weights_keeps_fp32_copies():
+    model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    tuned = apet.tune_whole(dict(model.named_parameters()))
+    optimizer = torch.optim.SGD(tuned.params.values(), lr=1e-4)
+    for _ in range(100):
+        model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tuned.write()
+    assert tuned.params["weight"].item() == pytest.approx(0.99, abs=1e-5) and model.weight.item() < 1
+    tuned.undo()
+    assert model.weight.item() == 1.0 and model.weight.grad is None
+
+
+def test_memory_that_runs_out_is_met_with_checkpointing(tmp_path, monkeypatch):
+    original, calls = apet.loss_sum, []
+
+    def once(model, batch):
+        calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, batch)
+
+    run("--budget", "100", out=tmp_path / "a")
+    monkeypatch.setattr(apet, "loss_sum", once)
+    run("--budget", "100", out=tmp_path / "b")
+    assert calls[:2] == [False, False] and all(calls[2:]) and len(calls) == 2 + 6
+    assert only(tmp_path / "b")["loss_curve"] == pytest.approx(only(tmp_path / "a")["loss_curve"], rel=1e-4)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+WRONG = {
+    "method": (["--method", "lorra"], "unknown method 'lorra'"),
+    "mask": (["--mask", "rnd"], "unknown mask 'rnd': did you mean 'random'"),
+    "where": (["--where", "atention"], "names no parameter"),
+    "task": (["--task", "toy-sentimant"], "did you mean toy-sentiment"),
+    "model": (["--model", "toy-tinny"], "did you mean toy-tiny"),
+    "model path": (["--model", "../nothing/here"], "unknown model"),
+    "model cache": (["--model", "some-one/some-thing"], "can't be reached; work offline with a local folder"),
+    "budget 0": (["--budget", "0"], "whole number from 1"),
+    "budget -1": (["--budget=-1"], "whole number from 1"),
+    "budget word": (["--budget", "many"], "must be a number such as"),
+    "budget large": (["--budget", "1e9"], "above the"),
+    "second budget": (["--budget", "1e2,1e9"], "above the"),
+    "budget list": (["--budget", "1e2,,1e3"], "empty entry"),
+    "lr": (["--lr", "0"], "--lr must be a number above 0"),
+    "lr word": (["--lr", "fast"], "--lr must be a number above 0"),
+    "seed": (["--seed", "-1"], None),
+    "seed word": (["--seed", "x"], "a seed must be a whole number"),
+    "steps": (["--steps", "0"], "--steps must be a whole number"),
+    "steps half": (["--steps", "1.5"], "--steps must be a whole number"),
+    "batch": (["--batch-size", "none"], "--batch-size must be a number"),
+    "accumulation": (["--grad-accum", "99"], "above --batch-size"),
+    "dropout": (["--dropout", "1.5"], "--dropout must be"),
+    "device": (["--device", "cuda:77"], "can't be used"),
+    "device word": (["--device", "gpu"], "can't be used"),
+    "flag": (["--bugdet", "3"], None),
+    "save": (["--budget", "1,2", "--save", "x"], "want one run, not a sweep of 2"),
+    "load": (["--load", "{tmp}/none.safetensors"], "there is no file"),
+    "load text": (["--load", "{tmp}/text.jsonl"], "is not a safetensors file"),
+    "load method": (["--load", "{tmp}/text.jsonl", "--method", "full"], "leave --method out"),
+    "column": (["--task", "{tmp}/text.jsonl", "--text-fields", "sentence"], "no column 'sentence'; there are text, label"),
+    "label column": (["--task", "{tmp}/text.jsonl", "--label-field", "y"], "no column 'y'"),
+    "empty": (["--task", "{tmp}/empty.jsonl"], "is empty: the split train has no rows"),
+    "broken": (["--task", "{tmp}/broken.jsonl"], "can't read"),
+    "array": (["--task", "{tmp}/array.jsonl"], "named columns"),
+    "encoding": (["--task", "{tmp}/latin.jsonl"], "can't read"),
+    "type": (["--task", "{tmp}/text.pdf"], "must be a folder or a file of type"),
+    "folder": (["--task", "{tmp}/folder"], "holds no train, validation or test file"),
+    "few": (["--task", "{tmp}/few.jsonl"], "too few to hold some out"),
+    "foreign label": (["--task", "{tmp}/foreign"], "row 1: the label 'sad' is none of bad, good"),
+    "out": (["--out", "{tmp}/text.jsonl/x"], "can't make the folder"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, capsys, case):
+    rows = [{"text": f"text {i}", "label": ("bad", "good")[i % 2]} for i in range(40)]
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    write(tmp_path / "text.jsonl", text), write(tmp_path / "text.pdf", text), write(tmp_path / "empty.jsonl", "")
+    (
+        write(tmp_path / "broken.jsonl", text + "{"),
+        write(tmp_path / "array.jsonl", "[1]\n"),
+        write(tmp_path / "few.jsonl", text[: text.index("text 5") - 10]),
+    )
+    (tmp_path / "latin.jsonl").write_bytes(text.replace("text 1", "caf\xe9").encode("latin-1"))
+    (tmp_path / "folder").mkdir(), (tmp_path / "foreign").mkdir()
+    write(tmp_path / "foreign/train.jsonl", text)
+    write(tmp_path / "foreign/test.jsonl", json.dumps({"text": "x", "label": "sad"}) + "\n")
+    argv, message = WRONG[case]
+    argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
+    out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
+    try:
+        status = apet.main([*SMALL, *argv, *out])
+    except SystemExit as e:  # argparse's own
+        status = e.code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert status == 2
+    if message:
+        assert message in error[-1] and error[-1].startswith("apet: error: ") and not any("Traceback" in line for line in error)
+        assert [line for line in error if not line.startswith("loading ")] == error[-1:]
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(tmp_path, capsys):
+    assert apet.main([*SMALL, "--lr", "1e30", "--method", "full", "--out", str(tmp_path)]) == 2
+    assert "the loss is" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_delta_of_another_model_is_refused(tmp_path, capsys):
+    run("--budget", "100", out=tmp_path)
+    (delta,) = tmp_path.glob("*.safetensors")
+    assert apet.main(["--model", "toy-base", "--load", str(delta), "--out", str(tmp_path)]) == 2
+    assert "was made for another model" in capsys.readouterr().err
+
+
+def test_importing_apet_is_cheap_and_has_no_side_effects():
+    code = (
+        "import sys, torch, time; start = time.perf_counter(); import apet; seconds = time.perf_counter() - start; "
+        "print(seconds, [m for m in ('transformers', 'datasets', 'peft', 'matplotlib', 'safetensors') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    seconds, modules = out.split(" ", 1)
+    assert float(seconds) < 0.5 and modules.strip() == "[]"
+
+
+def test_the_script_metadata_names_what_requirements_names():
+    """PEP 723, so that `uv run apet.py` works on the file alone; requirements.txt adds what only tests and figures need."""
+    block = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "apet.py").read_text(), re.M | re.S)[1]
+    inline = set(re.findall(r'"([^"]+==[^"]+)"', block))
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    runtime = {line for line in lines[: lines.index("")] if line}
+    assert inline == runtime and any(r.startswith("torch==") for r in inline)
+    for requirement in filter(None, lines):
+        name, pinned = requirement.split("==")
+        assert importlib.metadata.version(name).split("+")[0] == pinned
