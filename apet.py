@@ -23,6 +23,8 @@ import csv
 import difflib
 import functools
 import hashlib
+import http.client
+import inspect
 import itertools
 import json
 import math
@@ -480,17 +482,18 @@ class APET:
         for p, flag in self._flags:
             p.requires_grad_(flag)
 
-    def save(self, file: str | os.PathLike, **about: str) -> None:
+    def save(self, file: str | os.PathLike, more: Mapping[str, Tensor] | None = None, **about: str) -> None:
         """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
 
-        `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; in the metadata the mask,
-        seed and where, `about`, and `layout`: base64 of zlib of a JSON list of [name, shape, number of positions].
+        `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; `more` tensors under their
+        names; in the metadata the mask, seed and where, `about`, and `layout`: base64 of zlib of a JSON list of
+        [name, shape, number of positions].
         """
         layout = [[n, list(s.weight.shape), s.stop - s.start] for n, s in zip(self.positions, self._slots, strict=True)]
         wide = max(s.weight.numel() for s in self._slots) > 2**31 - 1
         indices = torch.cat(list(self.positions.values())).to(torch.int64 if wide else torch.int32)
         packed = base64.b64encode(zlib.compress(json.dumps(layout).encode(), 9)).decode()
-        tensors = {"values": self.values.detach().cpu().contiguous(), "indices": indices}
+        tensors = {**(more or {}), "values": self.values.detach(), "indices": indices}
         save_tensors(tensors, file, {"format": "apet 1", "layout": packed, **self.about, **about})
 
     @classmethod
@@ -683,7 +686,8 @@ class _Tap(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 
 COUNTED = ("lora", "adapter", "prompt", "bitfit")  # methods whose size is a budget
-LORA_RANK, ADAPTER_WIDTH, PROMPT_TOKENS = 8, 24, 100  # the authors'
+METHODS = ("apet", "full", *COUNTED, "none")
+LORA_RANK, LORA_ALPHA, ADAPTER_WIDTH, PROMPT_TOKENS = 8, 16, 24, 100  # the authors'
 QUERY_VALUE = r"(SelfAttention\.[qv]|(attention|self)\.(query|value)|query_key_value|c_attn|[qv]_(proj|lin))$"
 SUBLAYER_END = (  # the linear layer that ends self-attention or feed-forward, before the residual is added
     r"(SelfAttention\.o|DenseReluDense\.wo|self_attention\.dense|dense_4h_to_h|output\.dense|(attn|mlp)\.c_proj"
@@ -716,10 +720,98 @@ def method_parameters(model: nn.Module, method: str) -> int:
         return sum(2 * ADAPTER_WIDTH * width + ADAPTER_WIDTH + width for width in widths)
     if method == "prompt":
         return PROMPT_TOKENS * model.get_input_embeddings().embedding_dim
-    biases = [p.numel() for n, p in model.named_parameters() if re.search(r"(^|[._])bias$", n)]
-    if biases:
-        return sum(biases)
+    if biases := own_biases(model):
+        return sum(p.numel() for p in biases.values())
     return sum(linear_shape(m)[1] for m in linear_layers(model, "", "bitfit").values())  # a new bias for each (T5)
+
+
+def own_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The biases that the pretrained model has."""
+    return {n: p for n, p in model.named_parameters() if re.search(r"(^|[._])bias$", n) and not n.startswith("inserted.")}
+
+
+class Inserted(nn.Module):
+    """The new fp32 weights of a method inside `model.inserted`, and the hooks that apply them; no module is replaced.
+
+    lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022); B starts at zero.
+    adapter: h + up(gelu(down(h))) at the end of self-attention and of feed-forward (Houlsby et al., 2019); up starts at zero.
+    bitfit: a bias, zero at first, for each linear layer of a model that has none (T5).
+    prompt: 100 embeddings before the text (Lester et al., 2021), at first those of random tokens. See `prompted`.
+    """
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        self.method, self.handles, self.dropout = method, [], nn.Dropout(0.0)  # `set_dropout` sets its rate
+        if method == "prompt":
+            table = model.get_input_embeddings().weight
+            self.prompt = nn.Parameter(table[torch.randint(len(table), (PROMPT_TOKENS,)).to(table.device)].detach().float())
+            return
+        pattern = {"lora": QUERY_VALUE, "adapter": SUBLAYER_END, "bitfit": ""}[method]
+        for name, module in linear_layers(model, pattern, method).items():
+            n_in, n_out = linear_shape(module)
+            if method == "lora":  # A as nn.Linear's own weight
+                a = nn.init.kaiming_uniform_(torch.empty(LORA_RANK, n_in), a=math.sqrt(5))
+                new = {"A": a, "B": torch.zeros(n_out, LORA_RANK)}
+            elif method == "adapter":
+                new = {"down": torch.randn(ADAPTER_WIDTH, n_out) * 0.01, "down_bias": torch.zeros(ADAPTER_WIDTH)}
+                new |= {"up": torch.zeros(n_out, ADAPTER_WIDTH), "up_bias": torch.zeros(n_out)}
+            else:
+                new = {"bias": torch.zeros(n_out)}
+            part = nn.ParameterDict({key: nn.Parameter(value.to(module.weight.device)) for key, value in new.items()})
+            self.add_module(name.replace(".", "_"), part)
+            self.handles.append(module.register_forward_hook(functools.partial(self.apply_part, part)))
+
+    def apply_part(self, part: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        def cast(weight: Tensor) -> Tensor:
+            return weight.to(output.dtype)
+
+        linear = nn.functional.linear
+        if self.method == "lora":
+            x = self.dropout(args[0])
+            return output + linear(linear(x, cast(part.A)), cast(part.B)) * (LORA_ALPHA / LORA_RANK)
+        if self.method == "adapter":
+            inner = nn.functional.gelu(linear(output, cast(part.down), cast(part.down_bias)), approximate="tanh")
+            return output + self.dropout(linear(inner, cast(part.up), cast(part.up_bias)))
+        return output + cast(part.bias)
+
+
+def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
+    """Put the new weights of the methods into `model.inserted`, where named_parameters() finds them."""
+    model.inserted = nn.ModuleDict({method: Inserted(model, method) for method in methods})
+    return model.inserted
+
+
+def take_out(model: nn.Module) -> None:
+    """Undo `insert`."""
+    for new in model.inserted.values():
+        for handle in new.handles:
+            handle.remove()
+    del model.inserted
+
+
+def prompted(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with the soft prompt of `insert(model, ["prompt"])`, if there is one, put before the text.
+
+    An encoder's comes after its first token, [CLS], from whose place the head reads.
+    """
+    core = base_of(model)
+    if "prompt" not in getattr(core, "inserted", {}):
+        return batch
+    batch, first = dict(batch), int(core is not model)
+    ids = batch.pop("input_ids")
+    embedded = core.get_input_embeddings()(ids)
+    prompt = core.inserted["prompt"].prompt.to(embedded.device, embedded.dtype).expand(len(ids), -1, -1)
+    batch["inputs_embeds"] = torch.cat([embedded[:, :first], prompt, embedded[:, first:]], dim=1)
+    for key, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if key in batch:
+            new = batch[key].new_full((len(ids), prompt.shape[1]), value)
+            batch[key] = torch.cat([batch[key][:, :first], new, batch[key][:, first:]], dim=1)
+    return batch
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The pretrained part: the model without its classification head, if it has one."""
+    return model.base_model if type(model).__name__.endswith("ForSequenceClassification") else model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -731,6 +823,7 @@ def save_tensors(tensors: dict[str, Tensor], file: str | os.PathLike, about: dic
     """Write a safetensors file under a temporary name, then rename it: whoever reads sees all of it or nothing."""
     from safetensors.torch import save
 
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     write_file(file, save(tensors, metadata={key: str(value) for key, value in about.items()}))
 
 
@@ -770,7 +863,7 @@ def write_file(file: str | os.PathLike, content: bytes) -> None:
 
 
 class Task(NamedTuple):
-    """A row of the table. Text columns that are None are found in the data; so are label words."""
+    """A row of the table. Text columns and label words that are None are found in the data."""
 
     source: str  # a hub id, or a local file or folder
     config: str | None
@@ -782,25 +875,36 @@ class Task(NamedTuple):
 
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy")
-LOCAL_SPLITS = ("train", "validation", "test")
+GLUE, TVT = "nyu-mll/glue", ("train", "validation", "test")
+SENTIMENT, NLI, QNLI = ("negative", "positive"), ("entailment", "neutral", "contradiction"), ("entailment", "not_entailment")
+PAIR, EQUIVALENT, DUPLICATE = ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("not_duplicate", "duplicate")
 TASKS = {
-    "toy-sentiment": Task(f"{TOY}/tasks/sentiment", None, ("text",), "label", ("negative", "positive"), "accuracy", LOCAL_SPLITS),
-    "toy-inference": Task(
-        f"{TOY}/tasks/inference", None, ("premise", "hypothesis"), "label",
-        ("entailment", "neutral", "contradiction"), "accuracy", LOCAL_SPLITS,
+    "sst2": Task(GLUE, "sst2", ("sentence",), "label", SENTIMENT, "accuracy", ("train", None, "validation")),
+    "imdb": Task("stanfordnlp/imdb", "plain_text", ("text",), "label", SENTIMENT, "accuracy", ("train", None, "test")),
+    "rotten_tomatoes": Task("cornell-movie-review-data/rotten_tomatoes", None, ("text",), "label", SENTIMENT, "accuracy", TVT),
+    "mnli": Task(GLUE, "mnli", ("premise", "hypothesis"), "label", NLI, "accuracy", ("train", None, "validation_matched")),
+    "qnli": Task(GLUE, "qnli", ("question", "sentence"), "label", QNLI, "accuracy", ("train", None, "validation")),
+    "rte": Task(GLUE, "rte", PAIR, "label", QNLI, "accuracy", ("train", None, "validation")),
+    "mrpc": Task(GLUE, "mrpc", PAIR, "label", EQUIVALENT, "f1", TVT),
+    "qqp": Task(GLUE, "qqp", ("question1", "question2"), "label", DUPLICATE, "f1", ("train", None, "validation")),
+    "samsum": Task("knkarthick/samsum", None, ("dialogue",), "summary", (), "rouge", TVT),
+    "multi_news": Task("alexfabbri/multi_news", None, ("document",), "summary", (), "rouge", TVT),
+    "nq_open": Task(
+        "google-research-datasets/nq_open", "nq_open", ("question",), "answer", (), "squad", ("train", None, "validation")
     ),
-    "toy-paraphrase": Task(
-        f"{TOY}/tasks/paraphrase", None, ("sentence1", "sentence2"), "label", ("not_equivalent", "equivalent"), "f1", LOCAL_SPLITS
-    ),
-    "toy-qa": Task(f"{TOY}/tasks/qa", None, ("context", "question"), "answer", (), "squad", LOCAL_SPLITS),
-    "toy-summary": Task(f"{TOY}/tasks/summary", None, ("document",), "summary", (), "rouge", LOCAL_SPLITS),
-}  # fmt: skip
+    "toy-sentiment": Task(f"{TOY}/tasks/sentiment", None, ("text",), "label", SENTIMENT, "accuracy", TVT),
+    "toy-inference": Task(f"{TOY}/tasks/inference", None, ("premise", "hypothesis"), "label", NLI, "accuracy", TVT),
+    "toy-paraphrase": Task(f"{TOY}/tasks/paraphrase", None, PAIR, "label", EQUIVALENT, "f1", TVT),
+    "toy-qa": Task(f"{TOY}/tasks/qa", None, ("context", "question"), "answer", (), "squad", TVT),
+    "toy-summary": Task(f"{TOY}/tasks/summary", None, ("document",), "summary", (), "rouge", TVT),
+}
 HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error of 1.6 points at most, at little cost
 FOUND_LABELS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
 
 
 class Example(NamedTuple):
-    source: str
+    texts: tuple[str, ...]  # of each field
+    source: str  # the same as one text
     target: str  # what training learns to write: the label's word, the summary, the first answer
     label: int  # number of the label; -1 for texts
     answers: tuple[str, ...]  # what scoring accepts
@@ -820,16 +924,20 @@ def load_task(args: argparse.Namespace) -> Data:
     """The three splits of a task as text. UserError for what is missing or does not fit."""
     task = TASKS.get(args.task)
     if task is None:
-        if not os.path.exists(args.task):
+        name, _, config = args.task.partition(":")
+        if not os.path.exists(args.task) and not HUB_ID.fullmatch(name):
             close = difflib.get_close_matches(args.task, TASKS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(TASKS)}; or a local file or folder"
+            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(TASKS)}, a local file or folder, or namespace/name"
             raise UserError(f"unknown task {args.task!r}: {hint}")
-        task = Task(args.task, None, None, None, None, "", LOCAL_SPLITS)
+        task = Task(args.task, None, None, None, None, "", TVT)
+        if not os.path.exists(args.task):
+            task = task._replace(source=name, config=config or None)
     if args.text_fields:
         task = task._replace(fields=tuple(args.text_fields.split(",")))
     if args.label_field:
         task = task._replace(label=args.label_field, words=None, metric="")
-    splits, about = read_local(task.source)
+    local = os.path.exists(task.source) or task.source.startswith(TOY)
+    splits, hub_words, about = read_local(task.source) if local else read_hub(task)
     if "train" not in splits and args.load is None and args.method != ["none"]:
         raise UserError(f"{task.source} has no training split (it has {', '.join(splits)})")
     first = next(iter(splits.values()))[0]
@@ -842,48 +950,102 @@ def load_task(args: argparse.Namespace) -> Data:
             raise UserError(f"{task.source} has no column {name!r}; there are {', '.join(first)}")
     if not fields:
         raise UserError(f"{task.source}: which columns are the text? --text-fields A,B; there are {', '.join(first)}")
-    words = task.words
-    if words is None:  # few distinct values are labels; else a text is to be written
-        values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row[label] is not None]
-        kinds = sorted({str(v) for v in values}) if not isinstance(values[0], list) else []
-        words = tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(values) // 4)) else ()
+    words = task.words if task.words is not None else hub_words.get(label) or find_words(splits, label)
     metric = task.metric or ("accuracy" if words else "squad" if isinstance(first[label], list) else "rouge")
     made = {name: to_examples(rows, fields, label, words, f"{task.source} ({name})") for name, rows in splits.items()}
-    dropped = {name: len(rows) - len(made[name]) for name, rows in splits.items() if len(rows) > len(made[name])}
-    about |= {"rows dropped for an empty field": dropped} if dropped else {}
+    made = {name: examples for name, examples in made.items() if examples}
+    dropped = {name: len(rows) - len(made.get(name, ())) for name, rows in splits.items()}
+    if any(dropped.values()):
+        about["rows without text or label, dropped"] = {name: n for name, n in dropped.items() if n}
 
-    def part(rows: list, size: int | None, seed: int) -> list:
+    def some(rows: list, size: int | None) -> tuple[list, list]:
+        """A fixed random choice of that many, and the others."""
         if size is None or size >= len(rows):
-            return rows
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [rows[i] for i in sorted(order[:size])]
+            return rows, []
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        return [rows[i] for i in sorted(order[:size])], [rows[i] for i in sorted(order[size:])]
 
-    train, named = made.get("train", []), dict(zip(("train", "select", "report"), task.splits, strict=True))
-    named["report"] = next((n for n in (named["report"], "test", "validation") if n in made), None)
-    if named["select"] not in made or named["select"] == named["report"]:
-        named["select"] = None
+    def hold_out(rows: list) -> tuple[list, list]:
+        if len(rows) < 10:
+            raise UserError(f"{task.source}: {len(rows)} training examples are too few to hold some out; add a validation split")
+        return some(rows, min(HOLD_OUT, len(rows) // 10))
 
-    def hold_out() -> list:
-        nonlocal train
-        size = min(HOLD_OUT, len(train) // 10)
-        if size < 1:
-            raise UserError(f"{task.source}: {len(train)} training examples are too few to hold some out; add a validation split")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        held = [train[i] for i in sorted(order[:size])]
-        train = [train[i] for i in sorted(order[size:])]
-        return held
-
-    report = made[named["report"]] if named["report"] else hold_out()
-    select = made[named["select"]] if named["select"] else hold_out() if train else report[:0]
-    about |= {"report": named["report"] or "held out of train", "select": named["select"] or "held out of train"}
-    train = part(train, args.train_size, 0)
-    select, report = part(select, args.eval_size or HOLD_OUT, 0), part(report, args.eval_size, 0)
+    train, select_from = made.get("train", []), task.splits[1]
+    report_from = next((n for n in (task.splits[2], "test", "validation") if n in made), None)
+    select_from = select_from if select_from in made and select_from != report_from else None
+    report = made[report_from] if report_from else None
+    if report is None:
+        report, train = hold_out(train)
+    select = made[select_from] if select_from else []
+    if not select and train:
+        select, train = hold_out(train)
+    about |= {"report": report_from or "held out of train", "select": select_from or "held out of train"}
+    train, select, report = (
+        some(train, args.train_size)[0],
+        some(select, args.eval_size or HOLD_OUT)[0],
+        some(report, args.eval_size)[0],
+    )
     about["sizes"] = {"train": len(train), "select": len(select), "report": len(report)}
     return Data(args.task, words, metric, train, select, report, about)
 
 
-def read_local(path: str) -> tuple[dict[str, list[dict]], dict]:
-    """{split: rows} of a jsonl, csv, tsv or parquet file (which is `train`), or of a folder with a file for each split."""
+def find_words(splits: dict[str, list[dict]], label: str) -> tuple[str, ...]:
+    """Few distinct values are labels, in alphabetical order (numbers: in theirs); else (): a text is to be written."""
+    values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row.get(label) is not None]
+    if not values or isinstance(values[0], list):
+        return ()
+    kinds = sorted({str(v) for v in values}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v))
+    return tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(values) // 4)) else ()
+
+
+def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ...]], dict]:
+    """({split: rows}, {column: label words}, facts) of a data set of the hub; read from the cache if the hub is down."""
+    online = hub_answers()
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("data sets of the hub need the package datasets: pip install datasets; a local file needs none") from None
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.config.HF_HUB_OFFLINE = not online  # read once, when datasets was imported
+    try:
+        if task.source == "alexfabbri/multi_news":
+            return read_multi_news(online)
+        builder = datasets.load_dataset_builder(task.source, task.config)
+        wanted = [s for s in dict.fromkeys((*task.splits, *TVT)) if s and s in (builder.info.splits or task.splits)]
+        if task.source in {t.source for t in TASKS.values()}:
+            wanted = [s for s in task.splits if s]
+        parts = {s: datasets.load_dataset(task.source, task.config, split=s) for s in wanted}
+    except (OSError, ValueError, RuntimeError, KeyError) as e:
+        raise UserError(hub_trouble("the data set", task.source, online, e)) from None
+    words = {n: tuple(f.names) for n, f in next(iter(parts.values())).features.items() if isinstance(f, datasets.ClassLabel)}
+    files = str(next(iter((builder.config.data_files or {"": [""]}).values()))[0])
+    revision = re.search(r"@([0-9a-f]{40})", files)
+    return {s: d.to_list() for s, d in parts.items()}, words, {"revision": revision[1] if revision else "cache"}
+
+
+def read_multi_news(online: bool) -> tuple[dict[str, list[dict]], dict, dict]:
+    """Its own text files: the hub's copy holds a loading script, which datasets runs no more."""
+    from huggingface_hub import hf_hub_download
+
+    splits, revision = {}, "cache"
+    for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
+        lines = []
+        for ending in ("src.cleaned", "tgt"):
+            file = hf_hub_download(
+                "alexfabbri/multi_news", f"data/{name}.{ending}", repo_type="dataset", local_files_only=not online
+            )
+            revision = re.search(r"snapshots.([0-9a-f]{40})", file)[1]
+            with open(file, encoding="utf-8") as f:
+                lines.append([line.strip().replace("NEWLINE_CHAR", "\n") for line in f])
+        splits[split] = [{"document": d, "summary": s.removeprefix("-").strip()} for d, s in zip(*lines, strict=True)]
+    return splits, {}, {"revision": revision}
+
+
+def read_local(path: str) -> tuple[dict[str, list[dict]], dict, dict]:
+    """({split: rows}, {}, facts) of a jsonl, csv, tsv or parquet file (it is `train`), or of a folder with one for each split."""
+    if path.startswith(TOY) and not os.path.isdir(path):
+        raise UserError("the toy tasks lie in tests/toy beside apet.py, which is not there; name another --task")
     if os.path.isdir(path):
         files = {}
         for split, names in (("train", ("train",)), ("validation", ("validation", "valid", "dev", "val")), ("test", ("test",))):
@@ -913,7 +1075,7 @@ def read_local(path: str) -> tuple[dict[str, list[dict]], dict]:
     for file in files.values():
         with open(file, "rb") as f:
             digest.update(f.read())
-    return splits, {"revision": f"sha256:{digest.hexdigest()[:16]}"}
+    return splits, {}, {"revision": f"sha256:{digest.hexdigest()[:16]}"}
 
 
 def read_jsonl(file: str) -> list[dict]:
@@ -944,14 +1106,16 @@ def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tu
     """Rows as text, in the authors' format; rows in which a field is missing or empty are left out."""
     out = []
     for number, row in enumerate(rows, 1):
-        texts = [row.get(name) for name in fields]
+        values = [row.get(name) for name in fields]
         target = row.get(label)
-        if any(t is None or not str(t).strip() for t in texts) or target is None or target == "" or target == []:
+        # -1 is how the hub says that a row has no label
+        if any(v is None or not str(v).strip() for v in values) or target in (None, "", [], -1):
             continue
-        body = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(fields) > 1 else str(texts[0])
+        texts = tuple(map(str, values))
+        source = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(texts) > 1 else texts[0]
         if not words:
             answers = tuple(map(str, target)) if isinstance(target, (list, tuple)) else (str(target),)
-            out.append(Example(body, answers[0], -1, answers))
+            out.append(Example(texts, source, answers[0], -1, answers))
             continue
         try:
             index = words.index(str(target)) if str(target) in words else int(target)
@@ -959,9 +1123,7 @@ def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tu
                 raise ValueError
         except (ValueError, TypeError):
             raise UserError(f"{where}, row {number}: the label {target!r} is none of {', '.join(words)}") from None
-        out.append(Example(body, words[index], index, (words[index],)))
-    if not out:
-        raise UserError(f"{where}: no row has a text and a label")
+        out.append(Example(texts, source, words[index], index, (words[index],)))
     return out
 
 
@@ -1026,9 +1188,17 @@ def baselines(data: Data) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 TOY_MODELS = ("toy-tiny", "toy-small", "toy-base", "toy-large")
+HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 SHORT = {f"t5-{size}": f"google-t5/t5-{size}" for size in ("small", "base", "large", "3b", "11b")}
 SHORT |= {f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")}
 SHORT |= {f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt" for size in ("small", "base", "large", "xl", "xxl")}
+SHORT |= {f"bloom-{size}": f"bigscience/bloom-{size}" for size in ("560m", "1b1", "1b7", "3b", "7b1")}
+SHORT |= {f"bert-{size}": f"google-bert/bert-{size}-uncased" for size in ("base", "large")}
+SHORT |= {f"bert-{size}-{case}": f"google-bert/bert-{size}-{case}" for size in ("base", "large") for case in ("cased", "uncased")}
+SHORT |= {  # Turc et al., 2019
+    f"bert-{size}": f"google/bert_uncased_L-{layers}_H-{width}_A-{width // 64}"
+    for size, layers, width in (("tiny", 2, 128), ("mini", 4, 256), ("small", 4, 512), ("medium", 8, 512))
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -1039,60 +1209,77 @@ def find_model(name: str) -> str:
         if not os.path.isdir(path):
             raise UserError(f"{name} lies in tests/toy beside apet.py, which is not there; name another --model")
         return path
-    if name in SHORT or os.path.isdir(name):
+    if name in SHORT or os.path.isdir(name) or HUB_ID.fullmatch(name):
         return SHORT.get(name, name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and ".." not in name:
-        return name
     close = difflib.get_close_matches(name, [*TOY_MODELS, *SHORT], n=1)
     hint = f"did you mean {close[0]}?" if close else "a local folder, namespace/name on the hub, or one of " + ", ".join(SHORT)
     raise UserError(f"unknown model {name!r}: {hint}")
 
 
+@functools.cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached, found out once and within 3 seconds; if not, its libraries read their cache alone."""
+    """Whether the hub can be reached, asked once, for 3 seconds; if not, its libraries are told to read their cache alone."""
     import huggingface_hub.constants as hub
 
     if hub.HF_HUB_OFFLINE:
         return False
     try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=3)
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=3).close()
     except urllib.error.HTTPError:
         pass  # an answer, whatever it says
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         hub.HF_HUB_OFFLINE = True
         return False
     return True
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, object, dict]:
+def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
+    """One line for what went wrong between us and the hub."""
+    if not online:
+        return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
+    return f"can't load {what} {name}: {' '.join(str(error).split())[:300]}"
+
+
+def family_of(config: object) -> str:
+    """seq2seq (T5), encoder (BERT: a classification head is added) or causal (BLOOM)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    return "encoder" if config.model_type in ENCODERS else "causal"
+
+
+def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Module, object, dict]:
     """(model in training mode, tokenizer, facts for the result). UserError if it can't be had."""
     path = find_model(args.model)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
     online = os.path.isdir(path) or hub_answers()
-    import transformers
+    import transformers as hf
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    hf.utils.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        if not config.is_encoder_decoder:
-            raise UserError(f"{args.model} is {config.model_type}: only encoder-decoder models (T5) can be loaded so far")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        where = {"device_map": args.device_map} if args.device_map else {}
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, config=config, dtype=DTYPES[args.dtype], **where)
-    except (OSError, ValueError, ImportError, KeyError) as e:
+        config = hf.AutoConfig.from_pretrained(path)
+        family = family_of(config)
+        if family == "encoder" and not words:
+            raise UserError(f"{args.model} is an encoder: it can classify, but not write the text that {args.task} asks for")
+        tokenizer = hf.AutoTokenizer.from_pretrained(path, padding_side="left" if family == "causal" else "right")
+        auto = {
+            "seq2seq": hf.AutoModelForSeq2SeqLM,
+            "encoder": hf.AutoModelForSequenceClassification,
+            "causal": hf.AutoModelForCausalLM,
+        }
+        more = {"num_labels": len(words)} if family == "encoder" else {}
+        more |= {"device_map": args.device_map} if args.device_map else {}
+        model = auto[family].from_pretrained(path, dtype=DTYPES[args.dtype], **more)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise
-        if not online:
-            raise UserError(
-                f"{path} is not in the cache and the hub can't be reached; work offline with a local folder or --model toy-base"
-            ) from None
-        raise UserError(f"can't load the model {args.model}: {' '.join(str(e).split())[:300]}") from None
-    model.train()
+        raise UserError(hub_trouble("the model", path, online, e)) from None
     if not args.device_map:
         model.to(args.device)
     revision = getattr(config, "_commit_hash", None) or "local"
-    return model, tokenizer, {"path": path if not os.path.isdir(path) else args.model, "revision": revision}
+    return model.train(), tokenizer, {"path": args.model if os.path.isdir(path) else path, "revision": revision, "family": family}
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -1109,60 +1296,114 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 
 
 class Coder:
-    """Text -> token ids, in the authors' format `Input: ... Output: `; what was encoded once is remembered."""
+    """Text -> token ids, in the authors' format `Input: ... Output: `; what was encoded once is remembered.
 
-    def __init__(self, tokenizer: object, max_source: int, max_target: int):
-        self.tokenizer, self.max_source, self.max_target = tokenizer, max_source, max_target
-        self.seen: dict[str, list[int]] = {}
+    seq2seq: source and target apart. causal: both in one sequence, padded on the left, the loss on the target alone.
+    encoder: the texts alone, two as a pair of segments; the target is the number of the label.
+    """
 
-    def source(self, text: str) -> list[int]:
+    def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
+        self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
+        self.seen: dict[tuple[str, ...], list[int]] = {}
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.positions = False  # see `for_model`
+
+    def source(self, example: Example) -> list[int]:
         """Too long a text is cut at its end, not the closing `Output:`."""
-        if text not in self.seen:
-            ids = self.tokenizer(f"Input: {text} Output:").input_ids
-            if len(ids) > self.max_source:
-                end = self.tokenizer("Output:").input_ids
-                ids = self.tokenizer(f"Input: {text}", add_special_tokens=False).input_ids[: self.max_source - len(end)] + end
-            self.seen[text] = ids
-        return self.seen[text]
+        if example.texts not in self.seen:
+            self.seen[example.texts] = self._source(example)
+        return self.seen[example.texts]
 
-    def target(self, text: str) -> list[int]:
-        """Ends in the end-of-sequence token, when cut, too."""
+    def _source(self, example: Example) -> list[int]:
+        if self.family == "encoder":
+            texts = example.texts if len(example.texts) == 2 else (example.source,)
+            return self.tokenizer(*texts, truncation=True, max_length=self.max_source).input_ids
+        special = self.family == "seq2seq" or self.tokenizer.bos_token_id is not None
+        ids = self.tokenizer(f"Input: {example.source} Output:", add_special_tokens=special).input_ids
+        ending = "Output:" if self.family == "seq2seq" else " Output:"
+        if len(ids) > self.max_source:
+            end = self.tokenizer(ending, add_special_tokens=False).input_ids + ids[-1:] * (self.family == "seq2seq")
+            start = self.tokenizer(f"Input: {example.source}", add_special_tokens=special).input_ids
+            ids = start[: self.max_source - len(end)] + end
+        return ids
+
+    def target(self, example: Example) -> list[int]:
+        return [example.label] if self.family == "encoder" else self.written(example.target)
+
+    def written(self, text: str) -> list[int]:
+        """Ids of a text to be written; they end in the end-of-sequence token, when cut, too."""
+        text = text if self.family == "seq2seq" else f" {text}"
         ids = self.tokenizer(text_target=text, add_special_tokens=False).input_ids[: self.max_target - 1]
         return [*ids, self.tokenizer.eos_token_id]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
-        """input_ids and attention_mask (batch, longest source); labels (batch, longest target), -100 where there is none."""
+        """input_ids and attention_mask (batch, longest); with targets, labels: -100 where nothing is to be learnt."""
 
         def pad(rows: list[list[int]], value: int) -> Tensor:
             width = max(map(len, rows))
-            return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+            fill = [[value] * (width - len(row)) for row in rows]
+            left = self.family == "causal"
+            return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)], device=device)
 
-        out = {
-            "input_ids": pad(sources, self.tokenizer.pad_token_id or 0),
-            "attention_mask": pad([[1] * len(s) for s in sources], 0),
-        }
-        if targets is not None:
-            out["labels"] = pad(targets, -100)
+        labels = targets
+        if self.family == "causal" and targets is not None:
+            labels = [[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)]
+            sources = [s + t for s, t in zip(sources, targets, strict=True)]
+        out = {"input_ids": pad(sources, self.pad), "attention_mask": pad([[1] * len(s) for s in sources], 0)}
+        if self.family == "encoder" and len(sources) and "token_type_ids" in self.tokenizer.model_input_names:
+            first = [s.index(self.tokenizer.sep_token_id) + 1 for s in sources]  # the second segment comes after the separator
+            out["token_type_ids"] = pad([[0] * n + [1] * (len(s) - n) for n, s in zip(first, sources, strict=True)], 0)
+        if labels is not None:
+            out["labels"] = pad(labels, -100)
         return out
 
 
-def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the target tokens, in fp32 (a sum, so that micro-batches and ranks add up exactly)."""
-    logits = model(**batch).logits
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor], **encoded: object) -> Tensor:
+    """(batch, places): log-probability, in fp32, of each label of the batch; 0 where it is -100."""
+    batch, labels = dict(batch), batch["labels"]
+    if coder.family == "causal":
+        del batch["labels"]
+        labels = labels[:, int((labels != -100).any(0).int().argmax()) :]  # targets end the rows: the rest has no label
+        accepted = _forward_arguments(type(model))
+        keep = labels.shape[1] + 1
+        if "position_ids" in accepted:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
+        if "logits_to_keep" in accepted:
+            batch["logits_to_keep"] = keep  # a vocabulary of 250,000 at every source token would not fit
+        logits = model(**batch).logits[:, -keep:-1]
+    else:
+        logits = model(**batch, **encoded).logits
+        logits = logits[:, None] if coder.family == "encoder" else logits
+    labels = labels.to(logits.device)
+    return -nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+
+
+@functools.cache
+def _forward_arguments(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def loss_sum(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy summed over the targets' tokens (a sum, so that micro-batches and ranks add up exactly)."""
+    return -token_logp(model, coder, prompted(model, batch)).sum()
 
 
 @torch.no_grad()
 def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words: tuple[str, ...], device: object) -> Tensor:
     """(batch, labels): log-likelihood of each label's tokens, end of sequence included, given the source."""
-    batch = coder.batch(sources, None, device)
-    encoded = model.get_encoder()(**batch)
-    scores = []
-    for word in words:
-        labels = torch.tensor([coder.target(word)] * len(sources), device=device)
-        logits = model(encoder_outputs=encoded, attention_mask=batch["attention_mask"], labels=labels).logits
-        logp = logits.float().log_softmax(-1).to(labels.device)
-        scores.append(logp.gather(-1, labels[..., None])[..., 0].sum(-1))
+    if coder.family == "encoder":
+        return model(**prompted(model, coder.batch(sources, None, device))).logits.float()
+    targets, scores, encoded = [coder.written(word) for word in words], [], {}
+    if coder.family == "seq2seq":  # the source is encoded once for all labels
+        source = prompted(model, coder.batch(sources, None, device))
+        encoded = {"encoder_outputs": model.get_encoder()(**source)}
+    for target in targets:
+        if encoded:
+            labels = torch.tensor([target] * len(sources), device=device)
+            batch = {"attention_mask": source["attention_mask"], "labels": labels}
+        else:
+            batch = prompted(model, coder.batch(sources, [target] * len(sources), device))
+        scores.append(token_logp(model, coder, batch, **encoded).sum(1))
     return torch.stack(scores, dim=1)
 
 
@@ -1170,23 +1411,29 @@ def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words
 def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example], batch_size: int, device: object) -> list:
     """Label numbers, or texts by greedy decoding, in the order of `examples`; batches hold sources of like length."""
     rank, world = ranks()
-    order = sorted(range(len(examples)), key=lambda i: (len(coder.source(examples[i].source)), i))
+    order = sorted(range(len(examples)), key=lambda i: (len(coder.source(examples[i])), i))
     out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     model.eval()
     try:
         for chosen in batches[rank::world]:
-            sources = [coder.source(examples[i].source) for i in chosen]
+            sources = [coder.source(examples[i]) for i in chosen]
             if data.words:
-                out[chosen, 0] = label_scores(model, coder, sources, data.words, device).argmax(1)
-            else:
-                batch = coder.batch(sources, None, device)
-                tokens = model.generate(**batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1)[:, 1:]
-                out[chosen, : tokens.shape[1]] = tokens
+                out[chosen, 0] = label_scores(model, coder, sources, data.words, device).argmax(1).to(device)
+                continue
+            batch = prompted(model, coder.batch(sources, None, device))
+            tokens = model.generate(
+                **batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1, pad_token_id=coder.pad,
+                eos_token_id=coder.tokenizer.eos_token_id,
+            )  # fmt: skip
+            skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
+            tokens = tokens[:, skip:].to(device)
+            out[chosen] = coder.pad
+            out[chosen, : tokens.shape[1]] = tokens
     finally:
         model.train()
     if world > 1:
-        torch.distributed.all_reduce(out)
+        torch.distributed.all_reduce(out)  # what another rank fills is zero here
     if data.words:
         return out[:, 0].tolist()
     return [text.strip() for text in coder.tokenizer.batch_decode(out, skip_special_tokens=True)]
@@ -1204,25 +1451,67 @@ class Tuned(NamedTuple):
     write: Callable[[], None]
     undo: Callable[[], None]
     apet: APET | None = None
+    head: tuple[str, ...] = ()  # those of `params` that are the classification head
+    inserted: dict[str, nn.Parameter] = {}  # weights that APET chose among, and that its delta has to hold, too  # noqa: RUF012
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, batches: list[dict] | None = None) -> Tuned:
-    """Put `args.method` on the pretrained model."""
+    """Put `args.method` on the pretrained model, and the training of its head, if it has one."""
     model.requires_grad_(False)
-    if args.method == "none":
-        return Tuned({}, lambda: None, lambda: None)
-    if args.method == "apet":
-        if args.load:
-            apet = APET.load(model, args.load)
-        else:
-            apet = APET(model, args.budget, args.mask, args.mask_seed, where=args.where, batches=batches)
+    base, undos, writes, params, apet = base_of(model), [], [], {}, None
+    methods = [args.method] if args.method in COUNTED else args.insert if args.method == "apet" else []
+    if args.method == "bitfit" and own_biases(base):
+        methods = []
+    new: dict[str, nn.Parameter] = {}
+    if methods:
+        new = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
+        undos.append(lambda: take_out(base))
+    saved = load_tensors(args.load)[0] if args.load else {}
 
-        def undo() -> None:
-            apet.restore()
-            apet.remove()
+    def fill(targets: dict[str, nn.Parameter]) -> None:
+        """From the file of --load."""
+        with torch.no_grad():
+            for name, p in targets.items():
+                if name not in saved or saved[name].shape != p.shape:
+                    raise UserError(f"{args.load} was made for another model or head: {name} {tuple(p.shape)} is not in it")
+                p.copy_(saved[name])
 
-        return Tuned({"values": apet.values}, apet.write, undo, apet)
-    return tune_whole(dict(model.named_parameters()))
+    def add(whole: Tuned) -> None:
+        params.update(whole.params)
+        writes.append(whole.write)
+        undos.append(whole.undo)
+
+    def undo_all() -> None:
+        for undo in reversed(undos):
+            undo()
+
+    try:
+        if args.method == "apet":
+            if saved:
+                fill(new)
+            apet = APET.load(base, args.load) if args.load else None
+            apet = apet or APET(base, args.budget, args.mask, args.mask_seed, where=args.where, batches=batches)
+            add(Tuned({"values": apet.values}, apet.write, lambda: (apet.restore(), apet.remove())))
+        elif args.method in ("full", "bitfit") and not methods:
+            add(tune_whole(dict(base.named_parameters()) if args.method == "full" else own_biases(base)))
+        for p in new.values() if args.method != "apet" else ():
+            p.requires_grad_(True)
+        params.update(new if args.method != "apet" else {})
+        inside = {id(p) for p in base.parameters()}
+        head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
+        for module in model.modules():
+            if any(p is not None and id(p) not in inside for p in module._parameters.values()):
+                model._init_weights(module)  # the head: anew in each cell, from args.seed
+        if not args.freeze_head:
+            add(tune_whole(head))
+        if saved:
+            fill({n: p for n, p in params.items() if args.method != "apet" or n in head})
+            fill(head)
+    except UserError:
+        undo_all()
+        raise
+    names = tuple(n for n in params if n in head)
+    return Tuned(params, lambda: [write() for write in writes], undo_all, apet, names, new if apet else {})
 
 
 def tune_whole(params: dict[str, nn.Parameter]) -> Tuned:
@@ -1265,6 +1554,9 @@ def auto_lr(method: str, budget: int, total: int) -> float:
     return 1e-2
 
 
+HEAD_LR = 1e-3  # a new layer of a few hundred weights
+
+
 def ranks() -> tuple[int, int]:
     """(rank, number of processes)"""
     d = torch.distributed
@@ -1291,7 +1583,10 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
     Raises UserError when the loss is not finite, Interrupted (state saved) on SIGINT or SIGTERM.
     """
     rank, world = ranks()
-    optimizer = torch.optim.AdamW(tuned.params.values(), lr=args.lr, weight_decay=0.0)  # decay would pull to 0, not to W0
+    groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": args.lr}]
+    groups += [{"params": [tuned.params[n] for n in tuned.head], "lr": HEAD_LR}] if tuned.head else []
+    groups = [g for g in groups if g["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull to 0, not to the pretrained weights
     record = {"loss": [], "eval": [], "train_s": 0.0, "eval_s": 0.0, "tokens": 0, "step": 0, "best": None}
     best: dict[str, Tensor] = {}
 
@@ -1313,7 +1608,7 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
             tensors["rng"] = torch.get_rng_state()
             if torch.cuda.is_available():
                 tensors["rng.cuda"] = torch.cuda.get_rng_state()
-            save_tensors({n: t.cpu().contiguous() for n, t in tensors.items()}, state_file, {"record": json.dumps(record)})
+            save_tensors(tensors, state_file, {"record": json.dumps(record)})
 
     if args.resume and os.path.exists(state_file):
         tensors, about = load_tensors(state_file)
@@ -1349,14 +1644,14 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
         while record["step"] < args.steps:
             start = time.perf_counter()
             chosen = [data.train[i] for i in batch_at(record["step"], args.batch_size, len(data.train), args.seed)]
-            targets = [coder.target(e.target) for e in chosen]
+            targets = [coder.target(e) for e in chosen]
             count = sum(map(len, targets))
             loss = torch.zeros((), device=args.device)
             for i in range(args.grad_accum):  # micro-batch i of this rank
                 mine = range(rank * args.grad_accum + i, len(chosen), world * args.grad_accum)
                 if len(mine):
-                    batch = coder.batch([coder.source(chosen[j].source) for j in mine], [targets[j] for j in mine], args.device)
-                    part = loss_sum(model, batch) / count
+                    batch = coder.batch([coder.source(chosen[j]) for j in mine], [targets[j] for j in mine], args.device)
+                    part = loss_sum(model, coder, batch) / count
                     part.backward()
                     loss += part.detach()
             if world > 1:
@@ -1372,7 +1667,7 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
             tuned.write()
             record["step"] += 1
             record["loss"].append(round(loss, 5))
-            record["tokens"] += count + sum(len(coder.source(e.source)) for e in chosen)
+            record["tokens"] += count + sum(len(coder.source(e)) for e in chosen)
             record["train_s"] += time.perf_counter() - start
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
@@ -1419,10 +1714,12 @@ def parser() -> argparse.ArgumentParser:
         help="a local folder, a hub id, or a short name such as t5-large (default: %(default)s, offline)",
     )
     add("--task", default="toy-sentiment", help="a name of the table, or a local file or folder (default: %(default)s, offline)")
-    add("--method", default="apet", help="apet, full or none; a list sweeps")
+    add("--method", default="apet", help=f"{', '.join(METHODS)}; a list sweeps")
     add("--budget", default="1e4", help="scalars to tune: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps")
     add("--mask", default="random", help=f"how positions are chosen: {', '.join(MASKS)}; a list sweeps")
     add("--where", default="all", help=f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names")
+    add("--insert", default="", help="lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
+    add("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
     add("--mask-seed", default="0", help="seed of the positions; a list sweeps")
     add("--seed", default="0", help="seed of training: data order, dropout; a list sweeps")
     add("--lr", default="auto", help="AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps")
@@ -1475,6 +1772,9 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     toy = args.task.startswith("toy-")
     args.method = split(args.method, "method", lambda m: one_of(m, METHODS, "method"))
     args.mask = split(args.mask, "mask", lambda m: one_of(m, MASKS, "mask"))
+    args.insert = (
+        split(args.insert, "insert", lambda m: one_of(m, ("lora", "adapter", "prompt"), "method to insert")) if args.insert else []
+    )
     args.budget = split(args.budget, "budget", str)
     args.mask_seed, args.seed = split(args.mask_seed, "mask-seed", seed), split(args.seed, "seed", seed)
     args.lr = split(args.lr, "lr", rate)
@@ -1511,28 +1811,28 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
-    if args.load and args.method != ["apet"]:
-        raise UserError("--load evaluates a saved delta of apet; leave --method out")
+    if args.load:  # it says itself how it was made
+        about = load_tensors(args.load)[1]
+        if about.get("format") != "apet 1" or about.get("method", "apet") not in METHODS:
+            raise UserError(f"{args.load} is no delta of apet.py")
+        args.method, args.insert = [about.get("method", "apet")], list(filter(None, about.get("insert", "").split(",")))
     return args
-
-
-METHODS = ("apet", "full", "none")
 
 
 def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
     """One set of arguments for each run of the sweep; what a method does not read does not multiply it."""
     out = []
     for method in args.method:
-        apet, trains = method == "apet" and not args.load, method != "none" and not args.load
+        apet, trains = method == "apet" and not args.load, not args.load
         for budget, mask, mask_seed, seed, lr in itertools.product(
             args.budget if apet else [None], args.mask if apet else [None], args.mask_seed if apet else [None],
-            args.seed if trains else [None], args.lr if trains else [None],
+            args.seed if trains else [None], args.lr if trains and method != "none" else [None],
         ):  # fmt: skip
             cell = argparse.Namespace(
                 **vars(args) | dict(method=method, budget=budget, mask=mask, mask_seed=mask_seed, seed=seed, lr=lr)
             )
             if method != "apet":
-                cell.where = None
+                cell.where, cell.insert = None, []
             kept = {
                 k: v
                 for k, v in sorted(vars(cell).items())
@@ -1542,7 +1842,7 @@ def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
                 kept = {k: v for k, v in kept.items() if k not in ("steps", "eval_every", "batch_size", "grad_accum", "dropout")}
             parts = [args.model, args.task, "loaded" if args.load else method]
             parts += [f"{mask}-{budget}-p{mask_seed}"] if apet else []
-            parts += [f"s{seed}"] if trains else []
+            parts += [f"s{seed}"] if trains and method != "none" else []
             parts.append(hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8])
             cell.name = "-".join(re.sub(r"[^\w.-]+", "_", part).strip(".")[-60:] for part in parts)
             cell.label = " ".join(str(x) for x in (cell.method, budget, mask, mask_seed) if x is not None)
@@ -1554,7 +1854,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
     """Train and evaluate one cell, write its files, and leave the model as it was. Returns the result."""
     start = time.perf_counter()
     file = os.path.join(args.out, args.name)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in base_of(model).parameters())
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(args.seed or 0)
@@ -1563,12 +1863,13 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
     if args.mask == "gradient":
         rows = [data.train[i] for i in batch_at(0, 8 * args.batch_size, len(data.train), args.mask_seed)]
         batches = [
-            coder.batch([coder.source(e.source) for e in part], [coder.target(e.target) for e in part], args.device)
+            coder.batch([coder.source(e) for e in part], [coder.target(e) for e in part], args.device)
             for part in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
         ]
     tuned = prepare(model, args, batches)
     try:
-        count = sum(p.numel() for p in tuned.params.values())
+        count = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
+        head = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base_of(model).parameters())
         given = args.lr
         args.lr = auto_lr(args.method, count, total) if args.lr == "auto" else args.lr
         record = {}
@@ -1587,7 +1888,8 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             "metrics": scores,
             "baselines": baselines(data),
             "tuned_params": count,
-            "head_params": 0,
+            "head_params": head,
+            "head_trained": bool(tuned.head),
             "total_params": total,
             "density": count / total,
             "lr": args.lr,
@@ -1609,18 +1911,47 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }  # fmt: skip
         if ranks()[0] == 0:
+            about = {"model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
             if tuned.apet and not args.load:
                 result["delta"] = args.save or f"{file}.safetensors"
-                tuned.apet.save(result["delta"], model=args.model, task=args.task)
+                tuned.apet.save(result["delta"], tuned.inserted | {n: tuned.params[n] for n in tuned.head}, **about)
+            elif tuned.params and not args.load and (args.save or args.method != "full"):
+                result["delta"] = args.save or f"{file}.safetensors"
+                save_tensors(tuned.params, result["delta"], {"format": "apet 1", **about})
             if args.export:
-                model.save_pretrained(args.export)
-                coder.tokenizer.save_pretrained(args.export)
+                export(model, coder, args.export)
             write_file(f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
             if os.path.exists(f"{file}.state"):
                 os.unlink(f"{file}.state")
         return result
     finally:
         tuned.undo()
+
+
+def export(model: nn.Module, coder: Coder, folder: str) -> None:
+    """A plain Hugging Face checkpoint: LoRA is merged into the weights, other inserted weights have no place in one."""
+    base = base_of(model)
+    inserted = base._modules.pop("inserted", {})
+    before = {}
+    try:
+        if any(method != "lora" for method in inserted):
+            raise UserError(f"--export: a plain checkpoint has no place for {', '.join(inserted)}; the delta (--save) holds it")
+        for method in inserted.values():
+            for name, module in linear_layers(base, QUERY_VALUE, "lora").items():
+                part = method.get_submodule(name.replace(".", "_"))
+                change = part["B"] @ part["A"] * (LORA_ALPHA / LORA_RANK)
+                before[module.weight] = module.weight.detach().clone()
+                change = change if isinstance(module, nn.Linear) else change.t()
+                with torch.no_grad():
+                    module.weight.copy_(module.weight.float() + change)
+        model.save_pretrained(folder)
+        coder.tokenizer.save_pretrained(folder)
+    finally:
+        with torch.no_grad():
+            for weight, old in before.items():
+                weight.copy_(old)
+        if inserted:
+            base.inserted = inserted
 
 
 def table(results: list[tuple[argparse.Namespace, dict]], data: Data) -> str:
@@ -1686,8 +2017,6 @@ def run(argv: list[str] | None = None) -> None:
     todo = cells(args)
     if (args.save or args.export) and len(todo) > 1:
         raise UserError(f"--save and --export want one run, not a sweep of {len(todo)}")
-    if args.load:
-        load_tensors(args.load)  # a wrong file is known before the model is loaded
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     try:
@@ -1703,10 +2032,10 @@ def run(argv: list[str] | None = None) -> None:
     data = load_task(args)
     if len(done) < len(todo):
         say(f"loading {args.model}")
-        model, tokenizer, facts = load_model(args)
-        coder = Coder(tokenizer, args.max_source_length, args.max_target_length)
+        model, tokenizer, facts = load_model(args, data.words)
+        coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
         for budget in [b for b in args.budget if "apet" in args.method and not args.load]:
-            parse_budget(budget, model)  # a wrong one is known before the first cell has run
+            parse_budget(budget, base_of(model))  # a wrong one is known before the first cell has run
         if args.gradient_checkpointing:
             checkpoint(model)
     results = []

@@ -189,19 +189,23 @@ def test_rows_with_an_empty_field_are_dropped_and_counted(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     args = apet.parser().parse_args(["--task", str(tmp_path / "d.jsonl"), "--text-fields", "a,b", "--label-field", "y"])
     data = apet.load_task(apet.settle(args))
-    assert data.about["rows dropped for an empty field"] == {"train": 2} and data.words == ("0", "1")
+    assert data.about["rows without text or label, dropped"] == {"train": 2} and data.words == ("0", "1")
     assert sum(data.about["sizes"].values()) == 38 and data.train[0].source.startswith("a: text ")
+
+
+def example(text):
+    return apet.Example((text,), text, "", -1, ())
 
 
 def test_label_scores_are_the_sum_of_token_log_likelihoods_whatever_the_padding():
     """Against one forward a label and example, the tokens' log-probabilities picked out by hand."""
     args = apet.settle(apet.parser().parse_args(["--model", "toy-tiny"]))
-    model, tokenizer, _ = apet.load_model(args)
+    model, tokenizer, _ = apet.load_model(args, ("a", "b"))
     model.eval()
-    coder = apet.Coder(tokenizer, 128, 16)
+    coder = apet.Coder(tokenizer, "seq2seq", 128, 16)
     texts = ["the food was good.", "ben said that the room was not bad but eva never came back. the end", "no"]
     words = ("negative", "not_equivalent", "a longer label of words")
-    sources = [coder.source(t) for t in texts]
+    sources = [coder.source(example(t)) for t in texts]
     batched = apet.label_scores(model, coder, sources, words, "cpu")
     for i, source in enumerate(sources):
         assert tokenizer.decode(source, skip_special_tokens=True) == f"Input: {texts[i]} Output:"
@@ -216,8 +220,8 @@ def test_label_scores_are_the_sum_of_token_log_likelihoods_whatever_the_padding(
 
 def test_batched_and_single_evaluation_agree():
     args = apet.settle(apet.parser().parse_args(["--model", "toy-base", "--task", "toy-qa", "--eval-size", "24"]))
-    model, tokenizer, _ = apet.load_model(args)
-    coder = apet.Coder(tokenizer, 128, 12)
+    model, tokenizer, _ = apet.load_model(args, ("a", "b"))
+    coder = apet.Coder(tokenizer, "seq2seq", 128, 12)
     for task in ("toy-qa", "toy-inference"):
         args.task = task
         data = apet.load_task(args)
@@ -225,15 +229,15 @@ def test_batched_and_single_evaluation_agree():
 
 
 def test_metrics_equal_cases_worked_by_hand():
-    examples = [apet.Example("", "", label, ()) for label in (1, 1, 0, 0)]
+    examples = [apet.Example((), "", "", label, ()) for label in (1, 1, 0, 0)]
     assert apet.measure("f1", [1, 0, 1, 0], examples) == {"accuracy": 0.5, "f1": 0.5}  # precision and recall are 1/2
     assert apet.measure("f1", [0, 0, 0, 0], examples) == {"accuracy": 0.5, "f1": 0.0}
-    answers = [apet.Example("", "", -1, ("the Denver Broncos", "Broncos")), apet.Example("", "", -1, ("1987",))]
+    answers = [apet.Example((), "", "", -1, ("the Denver Broncos", "Broncos")), apet.Example((), "", "", -1, ("1987",))]
     scores = apet.measure("squad", ["The Carolina Broncos!", "in 1987"], answers)
     assert scores == {"f1": pytest.approx((2 / 3 + 2 / 3) / 2), "exact": 0.0}
     assert apet.measure("squad", ["the broncos", "1987."], answers) == {"f1": 1.0, "exact": 1.0}
     # rouge-score's own documentation: 'The quick brown fox jumps over the lazy dog' / 'The quick brown dog jumps on the log.'
-    e = [apet.Example("", "", -1, ("The quick brown fox jumps over the lazy dog",))]
+    e = [apet.Example((), "", "", -1, ("The quick brown fox jumps over the lazy dog",))]
     scores = apet.measure("rouge", ["The quick brown dog jumps on the log."], e)
     assert scores["rouge1"] == pytest.approx(2 * (6 / 8) * (6 / 9) / (6 / 8 + 6 / 9))
     assert scores["rougeL"] == pytest.approx(2 * (5 / 8) * (5 / 9) / (5 / 8 + 5 / 9))  # the quick brown jumps the
@@ -241,8 +245,8 @@ def test_metrics_equal_cases_worked_by_hand():
 
 def test_a_long_source_is_cut_in_its_text_not_in_its_ending():
     args = apet.settle(apet.parser().parse_args(["--model", "toy-tiny"]))
-    _, tokenizer, _ = apet.load_model(args)
-    ids = apet.Coder(tokenizer, 16, 8).source("the food was good. " * 50)
+    _, tokenizer, _ = apet.load_model(args, ("a", "b"))
+    ids = apet.Coder(tokenizer, "seq2seq", 16, 8).source(example("the food was good. " * 50))
     assert len(ids) <= 16
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert text.startswith("Input: the food") and text.endswith("Output:") and ids[-1] == tokenizer.eos_token_id
@@ -273,22 +277,17 @@ def test_full_fine_tuning_of_half_precision_weights_keeps_fp32_copies():
 def test_memory_that_runs_out_is_met_with_checkpointing(tmp_path, monkeypatch):
     original, calls = apet.loss_sum, []
 
-    def once(model, batch):
+    def once(model, coder, batch):
         calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, batch)
+        return original(model, coder, batch)
 
     run("--budget", "100", out=tmp_path / "a")
     monkeypatch.setattr(apet, "loss_sum", once)
     run("--budget", "100", out=tmp_path / "b")
     assert calls[:2] == [False, False] and all(calls[2:]) and len(calls) == 2 + 6
     assert only(tmp_path / "b")["loss_curve"] == pytest.approx(only(tmp_path / "a")["loss_curve"], rel=1e-4)
-
-
-def write(path, text):
-    path.write_text(text)
-    return path
 
 
 WRONG = {
@@ -298,7 +297,7 @@ WRONG = {
     "task": (["--task", "toy-sentimant"], "did you mean toy-sentiment"),
     "model": (["--model", "toy-tinny"], "did you mean toy-tiny"),
     "model path": (["--model", "../nothing/here"], "unknown model"),
-    "model cache": (["--model", "some-one/some-thing"], "can't be reached; work offline with a local folder"),
+    "model cache": (["--model", "some-one/some-thing"], "can't be reached; work offline with local files"),
     "budget 0": (["--budget", "0"], "whole number from 1"),
     "budget -1": (["--budget=-1"], "whole number from 1"),
     "budget word": (["--budget", "many"], "must be a number such as"),
@@ -320,7 +319,7 @@ WRONG = {
     "save": (["--budget", "1,2", "--save", "x"], "want one run, not a sweep of 2"),
     "load": (["--load", "{tmp}/none.safetensors"], "there is no file"),
     "load text": (["--load", "{tmp}/text.jsonl"], "is not a safetensors file"),
-    "load method": (["--load", "{tmp}/text.jsonl", "--method", "full"], "leave --method out"),
+    "load other": (["--load", str(TOY / "models/tiny/model.safetensors")], "is no delta of apet.py"),
     "column": (["--task", "{tmp}/text.jsonl", "--text-fields", "sentence"], "no column 'sentence'; there are text, label"),
     "label column": (["--task", "{tmp}/text.jsonl", "--label-field", "y"], "no column 'y'"),
     "empty": (["--task", "{tmp}/empty.jsonl"], "is empty: the split train has no rows"),
@@ -339,16 +338,16 @@ WRONG = {
 def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, capsys, case):
     rows = [{"text": f"text {i}", "label": ("bad", "good")[i % 2]} for i in range(40)]
     text = "".join(json.dumps(r) + "\n" for r in rows)
-    write(tmp_path / "text.jsonl", text), write(tmp_path / "text.pdf", text), write(tmp_path / "empty.jsonl", "")
-    (
-        write(tmp_path / "broken.jsonl", text + "{"),
-        write(tmp_path / "array.jsonl", "[1]\n"),
-        write(tmp_path / "few.jsonl", text[: text.index("text 5") - 10]),
-    )
+    for name, content in (
+        ("text.jsonl", text), ("text.pdf", text), ("empty.jsonl", ""), ("broken.jsonl", text + "{"), ("array.jsonl", "[1]\n"),
+        ("few.jsonl", text[: text.index("text 5") - 10]),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
     (tmp_path / "latin.jsonl").write_bytes(text.replace("text 1", "caf\xe9").encode("latin-1"))
-    (tmp_path / "folder").mkdir(), (tmp_path / "foreign").mkdir()
-    write(tmp_path / "foreign/train.jsonl", text)
-    write(tmp_path / "foreign/test.jsonl", json.dumps({"text": "x", "label": "sad"}) + "\n")
+    for folder in ("folder", "foreign"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "foreign/train.jsonl").write_text(text)
+    (tmp_path / "foreign/test.jsonl").write_text(json.dumps({"text": "x", "label": "sad"}) + "\n")
     argv, message = WRONG[case]
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
