@@ -1,0 +1,216 @@
+"""LoRA, Adapter, Prompt and BitFit: against peft where it has the method, against hand-made models where not."""
+
+import copy
+
+import pytest
+import torch
+from conftest import batch_for, build
+from torch import nn
+
+from apet import (
+    APET,
+    COUNTED,
+    LORA_ALPHA,
+    LORA_RANK,
+    PROMPT_TOKENS,
+    base_of,
+    insert,
+    linear_layers,
+    method_parameters,
+    own_biases,
+    prompted,
+    set_dropout,
+    take_out,
+)
+
+TEXT = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama")
+
+
+def new_parameters(model, method):
+    model.requires_grad_(False)
+    return {n: p.requires_grad_(True) for n, p in insert(model, [method]).named_parameters()}
+
+
+def perturb(params):
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in params.values():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit"])
+@pytest.mark.parametrize("name", TEXT)
+def test_new_weights_have_no_effect_at_first_and_all_get_a_gradient(name, method):
+    model, batch = build(name), batch_for(name)
+    if method == "bitfit" and own_biases(model):
+        return
+    with torch.no_grad():
+        before = model(**batch).loss
+    params = new_parameters(model, method)
+    loss = model(**batch).loss
+    assert torch.equal(before, loss.detach())
+    perturb(params)
+    model(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in params.items() if "key" not in n)
+    take_out(model)
+    with torch.no_grad():
+        assert torch.equal(before, model(**batch).loss)
+    assert not any("inserted" in n for n in model.state_dict())
+
+
+@pytest.mark.parametrize("method", COUNTED)
+@pytest.mark.parametrize("name", TEXT)
+def test_as_many_weights_are_inserted_as_are_counted(name, method):
+    model = base_of(build(name))
+    expected = method_parameters(model, method)
+    if method == "bitfit" and own_biases(model):
+        assert expected == sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
+    else:
+        assert sum(p.numel() for p in new_parameters(model, method).values()) == expected
+        assert method_parameters(model, method) == expected  # what is inserted is not counted as the model's own
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "bloom"])
+def test_lora_equals_peft_from_the_same_numbers(name):
+    peft = pytest.importorskip("peft")
+    model, batch = build(name), batch_for(name)
+    reference = copy.deepcopy(model)
+    targets = {"t5": r".*SelfAttention\.[qv]", "bert": r".*attention\.self\.(query|value)", "bloom": ".*query_key_value"}[name]
+    config = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets, lora_dropout=0.0)
+    wrapped = peft.get_peft_model(reference, config)
+    ours = new_parameters(model, "lora")
+    theirs = {n: p for n, p in wrapped.named_parameters() if "lora_" in n}
+    assert len(ours) == len(theirs)
+    pairs = []
+    for layer in linear_layers(model, targets + "$", "lora"):
+        for part, tail in (("A", "lora_A.default.weight"), ("B", "lora_B.default.weight")):
+            pairs.append((ours[f"lora.{layer.replace('.', '_')}.{part}"], theirs[f"base_model.model.{layer}.{tail}"]))
+    perturb(ours)
+    with torch.no_grad():
+        for a, b in pairs:
+            b.copy_(a)
+    losses = [m(**batch).loss for m in (model, wrapped)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for a, b in pairs:
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ["t5", "bloom"])
+def test_prompt_equals_peft_from_the_same_numbers(name):
+    peft = pytest.importorskip("peft")
+    model, batch = build(name), batch_for(name)
+    reference = copy.deepcopy(model)
+    kind = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    config = peft.PromptTuningConfig(task_type=kind, num_virtual_tokens=PROMPT_TOKENS)
+    if name == "t5":
+        config.num_transformer_submodules = 1  # the encoder's input alone
+    wrapped = peft.get_peft_model(reference, config)
+    theirs = next(p for p in wrapped.parameters() if p.requires_grad)
+    ours = new_parameters(model, "prompt")["prompt.prompt"]
+    with torch.no_grad():
+        theirs.copy_(ours)
+    extended = prompted(model, batch)
+    if name == "bloom":  # peft adds the labels of the prompt itself; ours are aligned to the end of the rows
+        extended["labels"] = torch.cat([torch.full((3, PROMPT_TOKENS), -100), batch["labels"]], dim=1)
+    losses = [model(**extended).loss, wrapped(**batch).loss]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_prompt_comes_after_the_first_token_of_an_encoder_from_which_the_head_reads():
+    model, batch = build("bert"), batch_for("bert")
+    core = base_of(model)
+    core.config.max_position_embeddings = 200
+    core.embeddings.position_embeddings = nn.Embedding(200, 32)
+    core.embeddings.register_buffer("position_ids", torch.arange(200)[None])
+    core.embeddings.register_buffer("token_type_ids", torch.zeros(1, 200, dtype=torch.long))
+    params = new_parameters(core, "prompt")
+    extended = prompted(model, batch)
+    embedded = core.get_input_embeddings()(batch["input_ids"])
+    assert extended["inputs_embeds"].shape[1] == extended["attention_mask"].shape[1] == PROMPT_TOKENS + 7
+    assert torch.equal(extended["inputs_embeds"][:, 0], embedded[:, 0])
+    assert torch.equal(extended["inputs_embeds"][1, 1 : 1 + PROMPT_TOKENS], params["prompt.prompt"])
+    model(**extended).loss.backward()
+    assert params["prompt.prompt"].grad.abs().sum() > 0
+
+
+def test_adapter_equals_a_model_with_adapters_in_its_forward():
+    """A T5 whose sub-layers call a plain adapter module after their last linear layer."""
+    model, batch = build("t5"), batch_for("t5")
+    reference = copy.deepcopy(model)
+    ours = new_parameters(model, "adapter")
+    perturb(ours)
+
+    class WithAdapter(nn.Module):
+        def __init__(self, linear, name):
+            super().__init__()
+            self.linear, self.down, self.up = linear, nn.Linear(32, 24), nn.Linear(24, 32)
+            for key in ("down", "up"):
+                getattr(self, key).weight = nn.Parameter(ours[f"adapter.{name}.{key}"].detach().clone())
+                getattr(self, key).bias = nn.Parameter(ours[f"adapter.{name}.{key}_bias"].detach().clone())
+            self.weight = linear.weight
+
+        def forward(self, x):
+            h = self.linear(x)
+            return h + self.up(nn.functional.gelu(self.down(h), approximate="tanh"))
+
+    count = 0
+    for n, m in list(reference.named_modules()):
+        if n.endswith(("SelfAttention.o", "DenseReluDense.wo")):
+            parent, _, child = n.rpartition(".")
+            setattr(reference.get_submodule(parent), child, WithAdapter(m, n.replace(".", "_")))
+            count += 1
+    assert count == 2 * (2 + 2)  # self-attention and feed-forward, two layers of encoder and decoder
+    losses = [m(**batch).loss for m in (model, reference)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for n, m in reference.named_modules():
+        if isinstance(m, WithAdapter):
+            torch.testing.assert_close(m.up.weight.grad, ours[f"adapter.{n.replace('.', '_')}.up"].grad)
+            torch.testing.assert_close(m.down.bias.grad, ours[f"adapter.{n.replace('.', '_')}.down_bias"].grad)
+
+
+def test_bitfit_of_a_model_without_biases_equals_real_biases():
+    model, batch = build("t5"), batch_for("t5")
+    reference = copy.deepcopy(model)
+    ours = new_parameters(model, "bitfit")
+    perturb(ours)
+    real = {}
+    for n, m in reference.named_modules():
+        if isinstance(m, nn.Linear):
+            m.bias = real[n] = nn.Parameter(ours[f"bitfit.{n.replace('.', '_')}.bias"].detach().clone())
+    losses = [m(**batch).loss for m in (model, reference)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for n, bias in real.items():
+        torch.testing.assert_close(ours[f"bitfit.{n.replace('.', '_')}.bias"].grad, bias.grad)
+
+
+@pytest.mark.parametrize("name", ["t5", "bloom"])
+def test_apet_chooses_among_inserted_weights_too(name):
+    model = build(name)
+    total = sum(p.numel() for p in model.parameters())
+    new = sum(p.numel() for p in insert(model, ["lora", "adapter"]).parameters())
+    apet = APET(model, "100%")
+    assert len(apet.values) == total + new
+    apet.remove()
+    apet = APET(model, 300, where=r"^inserted\.")
+    batch = batch_for(name)
+    model(**batch).loss.backward()
+    assert apet.values.grad.abs().sum() > 0 and all(n.startswith("inserted.") for n in apet.positions)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "bloom", "opt", "vit"])
+def test_dropout_is_set_everywhere_functional_calls_included(name):
+    model, batch = build(name), batch_for(name)
+    set_dropout(model, 0.5)
+    noisy = {model(**batch).loss.item() for _ in range(3)}
+    set_dropout(model, 0.0)
+    still = {model(**batch).loss.item() for _ in range(3)}
+    assert len(noisy) == 3 and len(still) == 1
