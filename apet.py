@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import difflib
 import functools
@@ -86,7 +87,7 @@ def select_positions(
     mask: str | Mapping[str, Iterable[int]] = "random",
     seed: int = 0,
     where: str = "all",
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    batches: Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose exactly `budget` scalars of `model`: {parameter name: sorted int64 flat indices, on the CPU}.
 
@@ -103,7 +104,8 @@ def select_positions(
         (equal scores: the first); or the caller's own {name: flat indices}, when `budget` may be None.
     where: "all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder", "layers:0-3", or a regular
         expression searched for in the parameter names.
-    batches: for "gradient": keyword arguments of the model, labels included, so that its output has a loss.
+    batches: for "gradient": keyword arguments of the model, labels included, so that its output has a loss; or functions
+        that return a loss.
 
     Memory is O(budget), so that a model on the meta device will do, but for "magnitude" (a copy of one tensor at a time)
     and "gradient" (a squared gradient of all candidates). Raises ValueError for what can't be chosen.
@@ -312,7 +314,7 @@ def _squared_gradients(model: nn.Module, params: dict[str, nn.Parameter], batche
     handles = [p.register_post_accumulate_grad_hook(add) for p in sums]
     try:
         for batch in batches:
-            model(**batch).loss.backward()
+            (batch() if callable(batch) else model(**batch).loss).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -390,7 +392,7 @@ class APET:
         *,
         where: str = "all",
         backend: str = "auto",
-        batches: Iterable[Mapping[str, Tensor]] | None = None,
+        batches: Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None = None,
     ):
         one_of(backend, ("auto", "hook", "gather"), "backend")
         self.positions = select_positions(model, budget, mask, seed, where, batches)
@@ -1255,6 +1257,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
     online = os.path.isdir(path) or hub_answers()
     import transformers as hf
+    from huggingface_hub import try_to_load_from_cache
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
@@ -1278,8 +1281,13 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         raise UserError(hub_trouble("the model", path, online, e)) from None
     if not args.device_map:
         model.to(args.device)
-    revision = getattr(config, "_commit_hash", None) or "local"
-    return model.train(), tokenizer, {"path": args.model if os.path.isdir(path) else path, "revision": revision, "family": family}
+    cached = None if os.path.isdir(path) else try_to_load_from_cache(path, "config.json")
+    found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
+    return (
+        model.train(),
+        tokenizer,
+        {"path": args.model if os.path.isdir(path) else path, "revision": found[1] if found else "local", "family": family},
+    )
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -1450,72 +1458,60 @@ class Tuned(NamedTuple):
     params: dict[str, nn.Parameter]
     write: Callable[[], None]
     undo: Callable[[], None]
-    apet: APET | None = None
-    head: tuple[str, ...] = ()  # those of `params` that are the classification head
-    inserted: dict[str, nn.Parameter] = {}  # weights that APET chose among, and that its delta has to hold, too  # noqa: RUF012
+    apet: APET | None
+    inserted: dict[str, nn.Parameter]  # the new weights of the method, or among which APET chose
+    head: dict[str, nn.Parameter]  # the classification head, trained (then in `params`, too) or not
 
 
-def prepare(model: nn.Module, args: argparse.Namespace, batches: list[dict] | None = None) -> Tuned:
-    """Put `args.method` on the pretrained model, and the training of its head, if it has one."""
+def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = None) -> Tuned:
+    """Put `args.method` on the pretrained model; make its classification head, if it has one, anew. See `select_positions`."""
     model.requires_grad_(False)
-    base, undos, writes, params, apet = base_of(model), [], [], {}, None
-    methods = [args.method] if args.method in COUNTED else args.insert if args.method == "apet" else []
-    if args.method == "bitfit" and own_biases(base):
-        methods = []
-    new: dict[str, nn.Parameter] = {}
-    if methods:
-        new = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
-        undos.append(lambda: take_out(base))
+    base, params, writes, apet, inserted = base_of(model), {}, [], None, {}
     saved = load_tensors(args.load)[0] if args.load else {}
+    inside = {id(p) for p in base.parameters()}
+    head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
+    for module in model.modules():
+        if any(p is not None and id(p) not in inside for p in module._parameters.values()):
+            model._init_weights(module)  # from args.seed
 
     def fill(targets: dict[str, nn.Parameter]) -> None:
         """From the file of --load."""
         with torch.no_grad():
             for name, p in targets.items():
                 if name not in saved or saved[name].shape != p.shape:
-                    raise UserError(f"{args.load} was made for another model or head: {name} {tuple(p.shape)} is not in it")
+                    raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
                 p.copy_(saved[name])
 
-    def add(whole: Tuned) -> None:
-        params.update(whole.params)
-        writes.append(whole.write)
-        undos.append(whole.undo)
-
-    def undo_all() -> None:
-        for undo in reversed(undos):
-            undo()
-
-    try:
+    with contextlib.ExitStack() as stack:  # what is done here is undone in reverse
+        methods = args.insert if args.method == "apet" else [args.method]
+        methods = [m for m in methods if m in COUNTED and not (m == "bitfit" and own_biases(base))]
+        if methods:
+            inserted = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
+            stack.callback(take_out, base)
+        if args.load:
+            fill(head | inserted)
+        whole = {} if args.freeze_head else dict(head)
         if args.method == "apet":
-            if saved:
-                fill(new)
-            apet = APET.load(base, args.load) if args.load else None
-            apet = apet or APET(base, args.budget, args.mask, args.mask_seed, where=args.where, batches=batches)
-            add(Tuned({"values": apet.values}, apet.write, lambda: (apet.restore(), apet.remove())))
-        elif args.method in ("full", "bitfit") and not methods:
-            add(tune_whole(dict(base.named_parameters()) if args.method == "full" else own_biases(base)))
-        for p in new.values() if args.method != "apet" else ():
-            p.requires_grad_(True)
-        params.update(new if args.method != "apet" else {})
-        inside = {id(p) for p in base.parameters()}
-        head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
-        for module in model.modules():
-            if any(p is not None and id(p) not in inside for p in module._parameters.values()):
-                model._init_weights(module)  # the head: anew in each cell, from args.seed
-        if not args.freeze_head:
-            add(tune_whole(head))
-        if saved:
-            fill({n: p for n, p in params.items() if args.method != "apet" or n in head})
-            fill(head)
-    except UserError:
-        undo_all()
-        raise
-    names = tuple(n for n in params if n in head)
-    return Tuned(params, lambda: [write() for write in writes], undo_all, apet, names, new if apet else {})
+            options = dict(where=args.where, batches=batches)
+            apet = APET.load(base, args.load) if args.load else APET(base, args.budget, args.mask, args.mask_seed, **options)
+            stack.callback(apet.remove)
+            stack.callback(apet.restore)
+            params["values"] = apet.values
+            writes.append(apet.write)
+        elif inserted:
+            params |= {n: p.requires_grad_(True) for n, p in inserted.items()}
+        elif args.method in ("full", "bitfit"):
+            whole |= dict(base.named_parameters()) if args.method == "full" else own_biases(base)
+        masters, write, undo = tune_whole(whole)
+        stack.callback(undo)
+        if args.load and args.method != "apet":
+            fill(masters)
+            write()
+        return Tuned(params | masters, lambda: [w() for w in (*writes, write)], stack.pop_all().close, apet, inserted, head)
 
 
-def tune_whole(params: dict[str, nn.Parameter]) -> Tuned:
-    """Whole tensors, trained in fp32: a half-precision one through an fp32 copy, for its own small steps would vanish."""
+def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], Callable[[], None], Callable[[], None]]:
+    """(fp32 parameters to train, write, undo) for whole tensors: in half precision their own small steps would vanish."""
     original = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
     masters, handles = {}, []
     for name, p in params.items():
@@ -1544,7 +1540,7 @@ def tune_whole(params: dict[str, nn.Parameter]) -> Tuned:
             p.requires_grad_(False)
             p.grad = None
 
-    return Tuned(masters, write, undo)
+    return masters, write, undo
 
 
 def auto_lr(method: str, budget: int, total: int) -> float:
@@ -1584,7 +1580,7 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
     """
     rank, world = ranks()
     groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": args.lr}]
-    groups += [{"params": [tuned.params[n] for n in tuned.head], "lr": HEAD_LR}] if tuned.head else []
+    groups += [{"params": [p for n, p in tuned.params.items() if n in tuned.head], "lr": HEAD_LR}]
     groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull to 0, not to the pretrained weights
     record = {"loss": [], "eval": [], "train_s": 0.0, "eval_s": 0.0, "tokens": 0, "step": 0, "best": None}
@@ -1863,7 +1859,9 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
     if args.mask == "gradient":
         rows = [data.train[i] for i in batch_at(0, 8 * args.batch_size, len(data.train), args.mask_seed)]
         batches = [
-            coder.batch([coder.source(e) for e in part], [coder.target(e) for e in part], args.device)
+            functools.partial(
+                loss_sum, model, coder, coder.batch([coder.source(e) for e in part], [coder.target(e) for e in part], args.device)
+            )
             for part in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
         ]
     tuned = prepare(model, args, batches)
@@ -1889,7 +1887,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             "baselines": baselines(data),
             "tuned_params": count,
             "head_params": head,
-            "head_trained": bool(tuned.head),
+            "head_trained": any(n in tuned.params for n in tuned.head),
             "total_params": total,
             "density": count / total,
             "lr": args.lr,
@@ -1914,10 +1912,10 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             about = {"model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
             if tuned.apet and not args.load:
                 result["delta"] = args.save or f"{file}.safetensors"
-                tuned.apet.save(result["delta"], tuned.inserted | {n: tuned.params[n] for n in tuned.head}, **about)
+                tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
             elif tuned.params and not args.load and (args.save or args.method != "full"):
                 result["delta"] = args.save or f"{file}.safetensors"
-                save_tensors(tuned.params, result["delta"], {"format": "apet 1", **about})
+                save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
             if args.export:
                 export(model, coder, args.export)
             write_file(f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())

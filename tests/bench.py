@@ -5,8 +5,10 @@
     python tests/bench.py --shape t5-large --dtype bf16 --batch 32 --device cuda
 
 The frozen bound is forward plus backward to the inputs of the same model, all weights frozen: what any method that
-tunes weights throughout the model has to pay. A round times each method once, in random order; figures are medians over rounds,
-ratios are medians of the ratios within a round (shared machines drift). Random weights: speed does not depend on them.
+tunes weights throughout the model has to pay. In each round every method is set up, warmed up, and timed in alternation
+with the bound (bound, method, bound, method, ...); ratios are medians over all pairs, so that they hold on a machine whose
+speed drifts. On a CPU the ratio is taken of wall time and of the process's CPU time (which others on the machine disturb
+less). Random weights: speed does not depend on them.
 
 Writes results/bench/NAME.json and prints a table. peft is needed for the rows LoRA and SHiRA, and left out without it.
 """
@@ -16,11 +18,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,8 +45,9 @@ T5 = {  # d_model, d_ff, layers, heads, d_kv, as published
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(shape: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    d_model, d_ff, layers, heads, d_kv = T5[shape]
+def build(shape: str, dtype: torch.dtype, device: str, layers: int | None) -> torch.nn.Module:
+    d_model, d_ff, depth, heads, d_kv = T5[shape]
+    layers = layers or depth
     config = transformers.T5Config(
         vocab_size=32128, d_model=d_model, d_ff=d_ff, num_layers=layers, num_heads=heads, d_kv=d_kv, dropout_rate=0.0,
         decoder_start_token_id=0, use_cache=False,
@@ -54,33 +59,38 @@ def build(shape: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     return model.train()
 
 
+def checkpointing(model: torch.nn.Module) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def sync(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """Another model on the same weights, which a method's hooks and wrappers do not reach."""
+    with torch.device("meta"):
+        other = transformers.T5ForConditionalGeneration(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.train()
+
+
 class Frozen:
     """The bound: backward reaches the inputs, nothing is tuned."""
 
-    label, tuned = "frozen bound", 0
+    label, tuned, optimizer = "frozen bound", 0, None
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.params = model, []
-        model.requires_grad_(False)
-        self.hooks = [m.register_forward_hook(lambda m, a, out: out.requires_grad_(True)) for m in
-                      (model.encoder.embed_tokens, model.decoder.embed_tokens)]  # fmt: skip
-        self.optimizer = None
+        self.model, self.params = model.requires_grad_(False), []
+        for embedding in (model.encoder.embed_tokens, model.decoder.embed_tokens):
+            embedding.register_forward_hook(lambda m, a, out: out.requires_grad_(True))
 
     def step(self, batch: dict) -> None:
         self.model(**batch).loss.backward()
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.model.requires_grad_(True)
 
 
 class Tuned(Frozen):
@@ -94,6 +104,8 @@ class Tuned(Frozen):
     def close(self) -> None:
         self.optimizer = None
         self.closing()
+        for p in self.model.parameters():
+            p.grad = None
         self.model.requires_grad_(True)
 
 
@@ -156,6 +168,9 @@ def saved_bytes(row: Frozen, batch: dict) -> int:
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.layout != torch.strided:  # SHiRA's: indices and values, made anew in every forward
+            seen[id(t)] = sum(x.untyped_storage().nbytes() for x in (t._indices(), t._values()))
+            return t
         s = t.untyped_storage()
         if s.data_ptr() not in weights:
             seen[s.data_ptr()] = s.nbytes()
@@ -166,6 +181,28 @@ def saved_bytes(row: Frozen, batch: dict) -> int:
     total = sum(seen.values())
     loss.backward()
     return total
+
+
+def measure(row: Frozen, batch: dict, device: str) -> dict:
+    """Bytes and the one-off costs of a method, after a step of it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        row.step(batch)
+    fact = dict(tuned=row.tuned, saved_bytes=saved_bytes(row, batch))
+    fact["gradient_bytes"] = sum(p.grad.nbytes for p in row.params if p.grad is not None)
+    states = row.optimizer.state.values() if row.optimizer else []
+    fact["optimizer_bytes"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
+    if device == "cuda":
+        fact["peak_bytes"] = torch.cuda.max_memory_allocated()
+    if hasattr(row, "apet"):
+        start = time.perf_counter()
+        row.apet.write()
+        sync(device)
+        fact |= dict(write_ms=1e3 * (time.perf_counter() - start), setup_s=row.setup_s)
+        with tempfile.TemporaryDirectory() as folder:
+            row.apet.save(f"{folder}/delta")
+            fact["file_bytes"] = os.path.getsize(f"{folder}/delta")
+    return fact
 
 
 def main() -> None:
@@ -179,22 +216,23 @@ def main() -> None:
     parser.add_argument("--budgets", default="1e2,1e4,1e5,1e6,1e7")
     parser.add_argument("--backends", default="auto", help="of auto,hook,gather")
     parser.add_argument("--peers", default="full,lora,shira,shira-all,mask,bitfit", help="of these, or 'none'")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, help="instead of the shape's own, for a quick look")
+    parser.add_argument("--rounds", type=int, default=3, help="each method is set up anew in each")
+    parser.add_argument("--pairs", type=int, default=4, help="timed steps of the bound and of the method, in a round")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--name", help="of the JSON file; default: from the shape")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = build(args.shape, DTYPES[args.dtype], args.device)
+    model = build(args.shape, DTYPES[args.dtype], args.device, args.layers)
     if args.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointing(model)
     total = sum(p.numel() for p in model.parameters())
     draw = lambda length: torch.randint(3, 32000, (args.batch, length), device=args.device)  # noqa: E731
     batch = {"input_ids": draw(args.source), "labels": draw(args.target)}
     budgets = [int(float(k)) for k in args.budgets.split(",")]
     peers = args.peers.split(",")
 
-    makers = [lambda: Frozen(model)]
-    makers += [lambda k=k, b=b: apet_row(model, k, b) for k in budgets for b in args.backends.split(",")]
+    makers = [lambda k=k, b=b: apet_row(model, k, b) for k in budgets for b in args.backends.split(",")]
     if "full" in peers:
         makers.append(lambda: Tuned(model, "full fine-tuning", list(model.parameters())))
     if "mask" in peers:
@@ -216,67 +254,76 @@ def main() -> None:
     except ImportError:
         print("peft is not installed: no rows for LoRA and SHiRA")
 
-    times: list[dict[str, float]] = []
-    facts: dict[str, dict] = {}
-    order = list(range(len(makers)))
-    for round_ in range(args.rounds + 1):
-        random.Random(round_).shuffle(order)
-        times.append({})
-        for i in [0] + [i for i in order if i]:  # the bound first, so that each round has its own
-            row = makers[i]()
-            for repeat in range(2):  # the first is a warm-up: moments are made, memory is fetched
-                sync(args.device)
-                start = time.perf_counter()
-                row.step(batch)
-                sync(args.device)
-                times[-1][row.label] = 1e3 * (time.perf_counter() - start)
-            if round_ == 0:
-                if args.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    row.step(batch)
-                    peak = torch.cuda.max_memory_allocated()
-                fact = dict(tuned=row.tuned, saved_bytes=saved_bytes(row, batch))
-                fact["gradient_bytes"] = sum(p.grad.nbytes for p in row.params if p.grad is not None)
-                states = row.optimizer.state.values() if row.optimizer else []
-                fact["optimizer_bytes"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
-                if args.device == "cuda":
-                    fact["peak_bytes"] = peak
-                if hasattr(row, "apet"):
-                    start = time.perf_counter()
-                    row.apet.write()
+    bound = Frozen(twin(model))
+    if args.checkpointing:
+        checkpointing(bound.model)
+    facts = {bound.label: measure(bound, batch, args.device)}
+    pairs: dict[str, list[tuple[float, float, float]]] = {}  # method: (bound's ms, its ms, ratio of CPU time)
+    for round_ in range(args.rounds):
+        random.Random(round_).shuffle(makers)
+        for make in makers:
+            row = make()
+            row.step(batch)  # warm-up: moments are made, memory is fetched
+            for _ in range(args.pairs):
+                times = []
+                for part in (bound, row):
                     sync(args.device)
-                    fact |= dict(write_ms=1e3 * (time.perf_counter() - start), setup_s=row.setup_s)
-                facts[row.label] = fact
-            for p in row.model.parameters():
-                p.grad = None
+                    start = time.perf_counter(), time.process_time()
+                    part.step(batch)
+                    sync(args.device)
+                    times.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
+                (a, a_cpu), (b, b_cpu) = times
+                pairs.setdefault(row.label, []).append((a, b, b_cpu / a_cpu))
+            if round_ == 0:
+                facts[row.label] = measure(row, batch, args.device)
             row.close()
             del row
             gc.collect()
-    times = times[1:]  # round 0 warmed up and took the facts
     rows = []
     for label, fact in facts.items():
-        ratio = [t[label] / t["frozen bound"] for t in times]
-        rows.append(dict(method=label, ms=statistics.median(t[label] for t in times), ratio=statistics.median(ratio),
-                         ratio_low=min(ratio), ratio_high=max(ratio), **fact))  # fmt: skip
+        mine = pairs.get(label) or [(a, a, 1.0) for p in pairs.values() for a, _, _ in p]
+        ratios = sorted(b / a for a, b, _ in mine)
+        quarter = len(ratios) // 4
+        rows.append(dict(method=label, ms=statistics.median(b for _, b, _ in mine), ratio=statistics.median(ratios),
+                         ratio_low=ratios[quarter], ratio_high=ratios[-1 - quarter],
+                         cpu_ratio=statistics.median(c for _, _, c in mine), pairs=len(mine), **fact))  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(
         command="python tests/bench.py " + " ".join(sys.argv[1:]), commit=commit, date=time.strftime("%Y-%m-%d"), total=total,
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(),
+        machine=torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
         torch=torch.__version__, transformers=transformers.__version__, arguments=vars(args), rows=rows,
     )  # fmt: skip
     folder = ROOT / "results" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     name = args.name or f"{args.shape}-{args.dtype}-{args.batch}x{args.source}-{args.device}"
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    bound = rows[0]["saved_bytes"]
+    bound_bytes = rows[0]["saved_bytes"]
     print(f"\n{args.shape} {args.dtype}, {args.batch} x {args.source} source and {args.target} target tokens, {record['machine']}")
-    print(
-        f"{'method':32}{'tuned':>12}{'step ms':>9}{'ratio':>7}{'(range)':>13}{'saved MB':>10}{'ratio':>7}{'grad MB':>9}{'opt MB':>9}{'write ms':>9}"
+    head = (
+        "method",
+        "tuned",
+        "step ms",
+        "ratio",
+        "quartiles",
+        "CPU",
+        "saved MB",
+        "ratio",
+        "grad MB",
+        "opt MB",
+        "peak MB",
+        "write ms",
     )
+    lines = [head]
     for r in rows:
-        span = f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}"
-        print(f"{r['method']:32}{r['tuned']:12,}{r['ms']:9.0f}{r['ratio']:7.3f}{span:>13}{r['saved_bytes'] / 1e6:10.1f}"
-              f"{r['saved_bytes'] / bound:7.3f}{r['gradient_bytes'] / 1e6:9.1f}{r['optimizer_bytes'] / 1e6:9.1f}{r.get('write_ms', 0):9.2f}")  # fmt: skip
+        lines.append((
+            r["method"], f"{r['tuned']:,}", f"{r['ms']:.0f}", f"{r['ratio']:.3f}", f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
+            f"{r['cpu_ratio']:.3f}", f"{r['saved_bytes'] / 1e6:.1f}", f"{r['saved_bytes'] / bound_bytes:.3f}",
+            f"{r['gradient_bytes'] / 1e6:.2f}", f"{r['optimizer_bytes'] / 1e6:.2f}",
+            f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "-", f"{r['write_ms']:.2f}" if "write_ms" in r else "-",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print("  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))))
 
 
 if __name__ == "__main__":

@@ -262,15 +262,15 @@ def test_full_fine_tuning_of_half_precision_weights_keeps_fp32_copies():
     model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
-    tuned = apet.tune_whole(dict(model.named_parameters()))
-    optimizer = torch.optim.SGD(tuned.params.values(), lr=1e-4)
+    masters, write, undo = apet.tune_whole(dict(model.named_parameters()))
+    optimizer = torch.optim.SGD(masters.values(), lr=1e-4)
     for _ in range(100):
         model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        tuned.write()
-    assert tuned.params["weight"].item() == pytest.approx(0.99, abs=1e-5) and model.weight.item() < 1
-    tuned.undo()
+        write()
+    assert masters["weight"].item() == pytest.approx(0.99, abs=1e-5) and model.weight.item() < 1
+    undo()
     assert model.weight.item() == 1.0 and model.weight.grad is None
 
 
