@@ -13,7 +13,19 @@
 #     "protobuf==7.36.2",
 # ]
 # ///
-"""APET: tune exactly k scalars of a pretrained model, at any positions (arbitrary parameter-efficient tuning)."""
+"""APET: tune exactly k scalars of a pretrained model, at any positions (arbitrary parameter-efficient tuning).
+
+After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient Tuning", EMNLP 2023.
+
+    python apet.py                                                  offline default: a toy T5, 10,000 scalars, a CPU minute
+    python apet.py --model t5-large --task sst2 --budget 1e4        a model and a task of the hub; bf16 on a GPU
+    python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a cell
+    torchrun --nproc_per_node 4 apet.py --model t5-3b --task mnli   data-parallel
+
+The file reads from top to bottom: positions (where) - the APET class (how) - the other methods - tasks - models - batches
+and scores - training - the command line. Whoever wants the method alone copies the first third, down to "The other methods",
+with `save_tensors` and `load_tensors`. What was measured: README.md.
+"""
 
 from __future__ import annotations
 
@@ -1700,9 +1712,8 @@ def in_main_thread() -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """Every flag, with its default's reason. None stands for a default that depends on the others; see `settle`."""
-    p = argparse.ArgumentParser(
-        prog="apet.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    about, raw = __doc__.split("\n\nThe file")[0], argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="apet.py", description=about, formatter_class=raw, allow_abbrev=False)
     add = p.add_argument
     add(
         "--model",
@@ -2074,6 +2085,8 @@ def main(argv: list[str] | None = None) -> int:
         number, step = e.args
         print(f"apet: interrupted after step {step}; the same command continues there", file=sys.stderr)
         return 128 + number
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

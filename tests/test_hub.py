@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,21 +31,21 @@ import transformers.models.t5.modeling_t5, transformers.models.bloom.modeling_bl
 import transformers.generation.utils
 
 apet_predict, apet_label_scores = apet.predict, apet.label_scores
-predicted, scores = [], []
+calls = []
 
 def label_scores(*args):
     out = apet_label_scores(*args)
-    scores.extend(round(x, 4) for x in out.flatten().tolist())
+    calls[-1]["scores"] += out.flatten().tolist()
     return out
 
 def predict(*args):
-    scores.clear()
-    out = apet_predict(*args)
-    predicted[:] = [list(out), list(scores)]
-    return out
+    calls.append({"scores": [], "predicted": []})
+    calls[-1]["predicted"] = apet_predict(*args)
+    return calls[-1]["predicted"]
 
 def run(argv):
-    predicted[:], start = [[], []], time.perf_counter()
+    calls.clear()
+    start = time.perf_counter()
     try:
         status = apet.main(argv)
     except SystemExit as e:
@@ -54,7 +53,7 @@ def run(argv):
     except BaseException:
         traceback.print_exc()
         status = 1
-    return {"status": status, "seconds": time.perf_counter() - start, "predicted": predicted[0], "scores": predicted[1]}
+    return {"status": status, "seconds": time.perf_counter() - start, "calls": list(calls)}
 
 def read(argv):
     data = apet.load_task(apet.settle(apet.parser().parse_args(argv)))
@@ -119,8 +118,7 @@ class Outcome(NamedTuple):
     status: int
     seconds: float  # after imports
     error: str
-    predicted: list  # of the last evaluation, which is the one that is reported
-    scores: list[float]  # log-likelihoods of all labels in it
+    calls: list[dict]  # of each evaluation: `predicted`, and `scores`, the log-likelihoods of all labels
     results: dict[str, dict]  # name of the file: result
 
     @property
@@ -149,7 +147,7 @@ class World(NamedTuple):
         """`python apet.py`, each with a folder of its own for the results (or with `out`), all in one process."""
         folders = [out or self.made / f"{time.monotonic_ns()}" for _ in runs]
         said = self.ask(*([*r, "--out", folder] for r, folder in zip(runs, folders, strict=True)))
-        keys = ("status", "seconds", "error", "predicted", "scores")
+        keys = ("status", "seconds", "error", "calls")
         found = [{f.stem: json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))} for folder in folders]
         return [Outcome(*(s[k] for k in keys), results) for s, results in zip(said, found, strict=True)]
 
@@ -250,7 +248,6 @@ def test_the_result_records_the_commits_of_the_model_and_of_the_data(world, cell
 
 def test_no_loading_script_was_run(world, cells):
     assert cells[T5, "multi_news"].status == 0 and not Path(world.environment["STANDIN_TRACE"]).exists()
-    assert not any(path.endswith("multi_news.py") for _, path in world.hub.asked)
 
 
 def test_what_is_read_is_what_the_hub_holds_and_nothing_is_in_two_parts(world):
@@ -282,8 +279,7 @@ def test_what_is_read_is_what_the_hub_holds_and_nothing_is_in_two_parts(world):
     assert chat.startswith("Anna: ") and '\nBen: hello, "' in chat
 
 
-def test_without_a_validation_split_the_reported_one_does_not_pick_the_best_step(world):
-    """Of a data set that is in no table, by name and by name:configuration; its label names are the words to be written."""
+def test_a_data_set_that_is_in_no_table_is_read_by_its_id_and_its_label_names_are_the_words(world):
     long, short = world.run(
         ["--model", T5, "--task", "someone/reviews:long", "--text-fields", "body", "--label-field", "stars", *SMALL],
         ["--model", BERT, "--task", "someone/reviews:short", "--text-fields", "body", "--label-field", "stars", *SMALL],
@@ -295,3 +291,256 @@ def test_without_a_validation_split_the_reported_one_does_not_pick_the_best_step
     assert long.result["metric"] == "accuracy" and long.result["data"]["revision"] == revision(world, "datasets", "someone/reviews")
     (plain,) = world.ask(["--task", "cornell-movie-review-data/rotten_tomatoes"], read=True)
     assert len(plain["report"]) == standin.TEST and {e["target"] for e in plain["train"]} == {"neg", "pos"}
+
+
+# Every method on every family -----------------------------------------------------------------------------------------
+
+METHODS = ("full", "lora", "adapter", "prompt", "bitfit", "apet", "none")
+TUNE = ["--task", "mrpc", "--steps", "3", "--eval-every", "3", "--train-size", "12", "--eval-size", "8", "--batch-size", "4",
+        "--lr", "0.03", "--budget", "2000", "--max-source-length", "64"]  # fmt: skip
+
+
+def numbers(result: dict) -> dict:
+    """What must not depend on what was run before."""
+    return {k: result[k] for k in ("score", "metrics", "loss_curve", "eval_curve", "best", "tuned_params")}
+
+
+@pytest.mark.parametrize("model, dtype", [(T5, "fp32"), (BLOOM, "bf16"), (BERT, "fp32")])
+def test_each_method_gives_alone_what_it_gives_in_a_sweep_and_its_delta_gives_its_score(world, model, dtype):
+    base = ["--model", model, "--dtype", dtype, *TUNE]
+    (sweep,) = world.run([*base, "--method", ",".join(METHODS)])
+    assert sweep.status == 0, sweep.error
+    delta = {m: world.made / f"{model}-{m}.safetensors" for m in (*METHODS, "lora,adapter", "prompt of apet")}
+    more = {m: ["--method", m] for m in METHODS}
+    more |= {"lora,adapter": ["--insert", "lora,adapter"], "prompt of apet": ["--insert", "prompt", "--where", "inserted"]}
+    more["prompt of apet"] += ["--budget", "1500"]
+    # each in a process of its own
+    alone = {m: world.run([*base, *argv, "--save", delta[m]])[0] for m, argv in more.items()}
+    for method, outcome in alone.items():
+        assert outcome.status == 0, f"{method}: {outcome.error}"
+    for method in METHODS:
+        (name,) = alone[method].results
+        assert numbers(alone[method].result) == numbers(sweep.results[name]), method
+    assert sweep.calls == [call for m in METHODS for call in alone[m].calls]  # every log-likelihood, to the last bit
+    reported = {m: outcome.calls[-1]["scores"] for m, outcome in alone.items()}
+    assert len({json.dumps(s) for s in reported.values()}) == len(reported)  # each did something, and something else
+    assert alone["apet"].result["tuned_params"] == alone["lora,adapter"].result["tuned_params"] == 2000
+
+    saved = [m for m in alone if delta[m].exists()]
+    assert set(alone) - set(saved) == ({"none"} if model != BERT else set())
+    for method, outcome in zip(saved, world.run(*([*base, "--load", delta[m]] for m in saved)), strict=True):
+        assert outcome.status == 0, f"{method}: {outcome.error}"
+        assert outcome.result["metrics"] == alone[method].result["metrics"], method
+        assert [c["scores"] for c in outcome.calls] == [reported[method]], method
+
+
+@pytest.mark.parametrize("model", [T5, BLOOM])
+def test_each_inserted_method_writes_text_and_its_delta_writes_the_same(world, model):
+    base = ["--model", model, *TUNE, "--task", "nq_open", "--max-target-length", "8"]
+    methods = ("lora", "adapter", "prompt", "bitfit", "apet")
+    (sweep,) = world.run([*base, "--method", ",".join(methods)])
+    assert sweep.status == 0, sweep.error
+    deltas = {r["arguments"]["method"]: r["delta"] for r in sweep.results.values()}
+    loaded = world.run(*([*base, "--load", deltas[m]] for m in methods))
+    written = [o.calls[0]["predicted"] for o in loaded]
+    assert written == [call["predicted"] for call in sweep.calls[2::3]] and len({json.dumps(w) for w in written}) > 1
+
+
+def test_the_head_of_t5_v1_1_stays_untied_through_loading_tuning_and_export(world):
+    folder, exported = folder_of(world, T5_V1_1), world.made / "exported"
+    original = torch.load(folder / "pytorch_model.bin")
+    base = ["--model", T5_V1_1, *TUNE]
+    tuned, none = world.run([*base, "--budget", "100%", "--export", exported], [*base, "--method", "none"])
+    assert tuned.status == none.status == 0, tuned.error + none.error
+    whole = {n: t for n, t in original.items() if "embed_tokens" not in n}  # the two are `shared`
+    assert tuned.result["tuned_params"] == tuned.result["total_params"] == sum(t.numel() for t in whole.values())
+    written = load_file(exported / "model.safetensors")
+    assert set(whole) <= set(written)
+    for name in ("lm_head.weight", "shared.weight"):
+        assert 0 < (written[name] - original[name]).abs().max() < 0.2  # 3 steps of Adam at 0.03
+    assert (written["lm_head.weight"] - written["shared.weight"]).abs().max() > 0.2
+
+    for source, expected in ((folder, original), (exported, written)):
+        model, tokenizer, _ = apet.load_model(apet.settle(apet.parser().parse_args(["--model", str(source)])), ("a", "b"))
+        assert model.lm_head.weight is not model.shared.weight
+        assert torch.equal(model.lm_head.weight, expected["lm_head.weight"])
+        assert torch.equal(model.shared.weight, expected["shared.weight"])
+        assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
+        assert tokenizer.decode(tokenizer("anna wrote the book").input_ids) == "anna wrote the book</s>"
+    again, loaded = world.run(
+        ["--model", str(exported), *TUNE, "--method", "none"], ["--model", T5_V1_1, *TUNE, "--load", tuned.result["delta"]]
+    )
+    assert again.calls[-1] == loaded.calls[-1] == tuned.calls[-1] != none.calls[-1]
+
+
+# Scores and texts of a batch, against one unpadded forward each -------------------------------------------------------
+
+CAUSAL = ("bigscience/bloom-560m", "someone/gpt2", "someone/llama")
+QUESTIONS = [
+    "who wrote the book",
+    "no",
+    "the plot was long but the actor is never boring and very good in it",
+    "anna say hello ben",
+]
+
+
+def local(world: World, name: str, words: tuple[str, ...] = ("negative", "positive")) -> tuple:
+    """(model, tokenizer, coder) of a folder of the stand-in"""
+    args = apet.settle(apet.parser().parse_args(["--model", str(folder_of(world, name)), "--dtype", "fp32"]))
+    model, tokenizer, facts = apet.load_model(args, words)
+    return model.eval(), tokenizer, apet.Coder(tokenizer, facts["family"], 64, 8)
+
+
+def example(text: str, target: str = "") -> apet.Example:
+    return apet.Example((text,), text, target, -1, (target,))
+
+
+@torch.no_grad()
+def by_hand(model: torch.nn.Module, tokenizer: object, text: str, target: str) -> float:
+    """Log-probability of the target's tokens and of the end, in one forward without padding."""
+    source = tokenizer(f"Input: {text} Output:").input_ids
+    written = [*tokenizer(f" {target}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    logp = model(torch.tensor([source + written])).logits[0].log_softmax(-1)
+    return sum(logp[len(source) - 1 + i, token].item() for i, token in enumerate(written))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_label_scores_and_loss_of_a_causal_model_are_those_of_the_target_alone_whatever_the_padding(world, name):
+    model, tokenizer, coder = local(world, name)
+    words = ("negative", "not_equivalent", "no")
+    sources = [coder.source(example(q)) for q in QUESTIONS]
+    assert len({len(s) for s in sources}) == len(sources)  # else nothing would be padded
+    expected = torch.tensor([[by_hand(model, tokenizer, q, w) for w in words] for q in QUESTIONS])
+    batched = apet.label_scores(model, coder, sources, words, "cpu")
+    single = torch.cat([apet.label_scores(model, coder, [s], words, "cpu") for s in sources])
+    assert torch.allclose(batched, expected, atol=2e-4) and torch.allclose(single, expected, atol=2e-4)
+    assert expected.std() > 1  # it matters
+
+    targets = ["the book", "boring", "no", "a very long story of the movie"]  # of different lengths, one is cut
+    batch = coder.batch(sources, [coder.written(t) for t in targets], "cpu")
+    with torch.no_grad():
+        loss = apet.loss_sum(model, coder, batch).item()
+    cut = [tokenizer.decode(coder.written(t)[:-1]).strip() for t in targets]
+    assert loss == pytest.approx(-sum(by_hand(model, tokenizer, q, t) for q, t in zip(QUESTIONS, cut, strict=True)), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_greedy_text_of_a_causal_model_is_the_same_in_a_batch_one_by_one_and_by_hand(world, name):
+    model, tokenizer, coder = local(world, name)
+    examples = [example(q) for q in QUESTIONS]
+    data = apet.Data("t", (), "squad", examples, [], examples, {})
+    expected = []
+    for question in QUESTIONS:
+        ids = tokenizer(f"Input: {question} Output:").input_ids
+        start = len(ids)
+        while len(ids) < start + coder.max_target and ids[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
+    for size in (4, 3, 1):
+        assert apet.predict(model, coder, data, examples, size, "cpu") == expected
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, T5, BERT])
+def test_with_a_soft_prompt_a_batch_gives_what_its_rows_give_alone(world, name):
+    model, _, coder = local(world, name)
+    coder.max_source = 32
+    if name == "someone/gpt2":  # 96 places: not enough for 100 more tokens
+        model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight.repeat(3, 1))
+    examples, words = [example(q) for q in QUESTIONS], ("negative", "positive")
+    sources = [coder.source(e) for e in examples]
+    torch.manual_seed(0)
+    before = apet.label_scores(model, coder, sources, words, "cpu")
+    apet.insert(apet.base_of(model), ["prompt"])
+    batched = apet.label_scores(model, coder, sources, words, "cpu")
+    single = torch.cat([apet.label_scores(model, coder, [s], words, "cpu") for s in sources])
+    assert torch.allclose(batched, single, atol=2e-4) and not torch.allclose(batched, before, atol=0.01)
+    if name != BERT:
+        data = apet.Data("t", (), "squad", examples, [], examples, {})
+        assert apet.predict(model, coder, data, examples, 4, "cpu") == apet.predict(model, coder, data, examples, 1, "cpu")
+    apet.take_out(apet.base_of(model))
+    assert torch.equal(apet.label_scores(model, coder, sources, words, "cpu"), before)
+
+
+def test_bert_reads_two_texts_as_two_segments_whatever_the_padding(world):
+    model, tokenizer, coder = local(world, BERT)
+    pairs = [(QUESTIONS[0], "no"), (QUESTIONS[1], QUESTIONS[2])]
+    batched = apet.label_scores(model, coder, [coder.source(apet.Example(p, "", "", 0, ())) for p in pairs], ("a", "b"), "cpu")
+    with torch.no_grad():
+        expected = torch.cat([model(**tokenizer(*p, return_tensors="pt")).logits for p in pairs])
+    assert torch.allclose(batched, expected, atol=1e-5)
+
+
+# A hub that is not as it should be ------------------------------------------------------------------------------------
+
+OF_MODEL, OF_DATA = ["--model", "t5-large", *SMALL], ["--model", "toy-tiny", "--task", "someone/reviews:long", *SMALL]
+
+
+@pytest.mark.parametrize("mode, seconds", [("down", 5), ("silent", 8), ("error", 8), ("deaf", 30), ("cut", 30)])
+def test_a_hub_that_fails_is_one_line_within_seconds_and_the_same_command_works_afterwards(world, mode, seconds):
+    with world.cold():
+        with world.hub.behaves(mode):
+            ((model,), (data,)) = world.run(OF_MODEL), world.run(OF_DATA)
+        print(mode, model.seconds, data.seconds, model.error, data.error)
+        known = "work offline" if mode in ("down", "silent") else "can't"
+        refused(model, "the model google-t5/t5-large", known)
+        refused(data, "the data set someone/reviews", known)
+        assert model.seconds < seconds and data.seconds < seconds
+        if mode == "cut":
+            for outcome in (*world.run(OF_MODEL), *world.run(OF_DATA)):
+                assert outcome.status == 0, outcome.error
+
+
+UNKNOWN = {
+    "model": (["--model", "nobody/nothing"], "the model nobody/nothing"),
+    "data set": (["--model", "toy-tiny", "--task", "nobody/nothing"], "the data set nobody/nothing"),
+    "configuration": (["--model", "toy-tiny", "--task", "someone/reviews:medium"], "someone/reviews"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_the_hub_does_not_have_is_one_line(world, case):
+    argv, said = UNKNOWN[case]
+    (outcome,) = world.run([*argv, *SMALL])
+    line = refused(outcome, said)
+    print(line)
+    if case == "configuration":
+        assert "medium" in line and "long" in line and "short" in line  # what would be right
+    assert "offline" not in line and outcome.seconds < 10
+
+
+def test_with_a_complete_cache_a_hub_that_is_down_is_not_missed(world, cells):
+    chosen = [
+        (T5, "sst2"),
+        (T5, "imdb"),
+        (T5, "rotten_tomatoes"),
+        (T5, "samsum"),
+        (T5, "multi_news"),
+        (BLOOM, "nq_open"),
+        (BERT, "mnli"),
+    ]
+    with world.hub.behaves("down"):
+        again = world.run(*(["--model", m, "--task", t, *SMALL] for m, t in chosen))
+    for key, outcome in zip(chosen, again, strict=True):
+        assert outcome.status == 0, f"{key}: {outcome.error}"
+        assert numbers(outcome.result) == numbers(cells[key].result) and outcome.calls == cells[key].calls
+        print(outcome.result["data"], outcome.result["model"])
+
+
+def test_the_script_itself_says_so_and_exits_with_status_2_or_0(world, cells, tmp_path):
+    """Not the driver: `python apet.py`, with a hub that is down and nothing in the cache, and offline with all in it."""
+    script = [sys.executable, str(ROOT / "apet.py"), "--model", T5, "--task", "sst2", *SMALL]
+    with world.hub.behaves("down"):
+        start = time.perf_counter()
+        dead = subprocess.Popen(
+            [*script, "--out", tmp_path / "a"], env=world.environment | {"HF_HOME": str(tmp_path / "home")}, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        error = dead.communicate(timeout=60)[1].strip()
+        assert dead.returncode == 2 and error.startswith("apet: error: ") and "\n" not in error, error
+        assert time.perf_counter() - start < 30  # imports on a busy machine included
+    offline = world.environment | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([*script, "--out", tmp_path / "b"], env=offline, capture_output=True, check=True)
+    (file,) = (tmp_path / "b").glob("*.json")
+    assert numbers(json.loads(file.read_text())) == numbers(cells[T5, "sst2"].result)
