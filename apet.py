@@ -1887,6 +1887,9 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
         began = time.perf_counter()
         scores = measure(data.metric, predict(model, coder, data, data.report, args.eval_batch_size, args.device), data.report)
         record["eval_s"] = record.get("eval_s", 0.0) + time.perf_counter() - began
+        losses = record.get("loss", [])
+        every = max(1, math.ceil(len(losses) / 500))
+        chunks = [losses[i : i + every] for i in range(0, len(losses), every)]
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         with open(__file__, "rb") as f:
             source = hashlib.sha256(f.read()).hexdigest()
@@ -1903,7 +1906,8 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             "density": count / total,
             "lr": args.lr,
             "best": record.get("best"),
-            "loss_curve": record.get("loss", []),
+            "loss_curve": [sum(part) / len(part) for part in chunks],
+            "loss_every": every,  # steps that an entry of loss_curve is the mean of
             "eval_curve": record.get("eval", []),
             "seconds": {"train": record.get("train_s", 0.0), "eval": record["eval_s"], "all": time.perf_counter() - start},
             "step_ms": 1e3 * record["train_s"] / record["step"] if record.get("step") else None,
