@@ -1500,6 +1500,7 @@ def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = N
         if methods:
             inserted = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
             stack.callback(take_out, base)
+        set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
         if args.load:
             fill(head | inserted)
         whole = {} if args.freeze_head else dict(head)
@@ -1865,7 +1866,6 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(args.seed or 0)
-    set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
     batches = None
     if args.mask == "gradient":
         rows = [data.train[i] for i in batch_at(0, 8 * args.batch_size, len(data.train), args.mask_seed)]

@@ -214,3 +214,18 @@ def test_dropout_is_set_everywhere_functional_calls_included(name):
     set_dropout(model, 0.0)
     still = {model(**batch).loss.item() for _ in range(3)}
     assert len(noisy) == 3 and len(still) == 1
+
+
+def test_each_method_gets_its_dropout_the_new_weights_too():
+    import apet
+
+    model = build("t5")
+    for method, expected in (("lora", 0.1), ("adapter", 0.1), ("full", 0.1), ("apet", 0.0)):
+        args = apet.settle(apet.parser().parse_args(["--model", "some/where", "--method", method, "--budget", "10"]))
+        args.budget, args.mask, args.mask_seed, args.method = "10", "random", 0, method
+        tuned = apet.prepare(model, args)
+        rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} | {
+            model.encoder.block[0].layer[0].SelfAttention.dropout
+        }
+        assert rates == {expected}
+        tuned.undo()
