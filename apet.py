@@ -1233,25 +1233,27 @@ def find_model(name: str) -> str:
 @functools.cache
 def hub_answers() -> bool:
     """Whether the hub can be reached, asked once, for 3 seconds; if not, its libraries are told to read their cache alone."""
-    import huggingface_hub.constants as hub
+    import huggingface_hub
+    from huggingface_hub import constants
 
-    if hub.HF_HUB_OFFLINE:
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if constants.HF_HUB_OFFLINE:
         return False
     try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=3).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, whatever it says
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3).close()
+    except urllib.error.HTTPError as e:
+        constants.HF_HUB_OFFLINE = e.code >= 500  # which would be asked again for minutes; 404 and the like are answers
     except (OSError, ValueError, http.client.HTTPException):
-        hub.HF_HUB_OFFLINE = True
-        return False
-    return True
+        constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
 
 
 def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
     """One line for what went wrong between us and the hub."""
     if not online:
         return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
-    return f"can't load {what} {name}: {' '.join(str(error).split())[:300]}"
+    cause = (error.__cause__ or error.__context__) if "Can't load the" in str(error) else None  # transformers hides it there
+    return f"can't load {what} {name}: {' '.join(str(cause or error).split())[:300]}"
 
 
 def family_of(config: object) -> str:

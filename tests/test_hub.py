@@ -60,24 +60,33 @@ def read(argv):
     return {"about": data.about, **{part: [e._asdict() for e in getattr(data, part)] for part in ("train", "select", "report")}}
 
 apet.predict, apet.label_scores = predict, label_scores
+def child(job, files, runs):
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(files + kind, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    outcomes = []
+    for argv in runs:
+        at = os.fstat(2).st_size
+        outcomes.append((read if job["read"] else run)(argv))
+        sys.stderr.flush()
+        with open(files + "err") as f:
+            f.seek(at)
+            outcomes[-1]["error"] = f.read()
+    with open(files + "json", "w") as f:
+        json.dump(outcomes, f)
+    os._exit(0)
+
 for line in sys.stdin:
     job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, kind in ((1, "out"), (2, "err")):
-            os.dup2(os.open(job["files"] + kind, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        outcomes = []
-        for argv in job["runs"]:
-            at = os.fstat(2).st_size
-            outcomes.append((read if job["read"] else run)(argv))
-            sys.stderr.flush()
-            with open(job["files"] + "err") as f:
-                f.seek(at)
-                outcomes[-1]["error"] = f.read()
-        with open(job["files"] + "json", "w") as f:
-            json.dump(outcomes, f)
-        os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
+    statuses, running = [], 0
+    for i, runs in enumerate(job["groups"]):
+        if running == 2:  # at once: for two cores
+            statuses.append(os.wait()[1])
+            running -= 1
+        running += 1
+        if os.fork() == 0:
+            child(job, job["files"] + f"{i}.", runs)
+    statuses += [os.wait()[1] for _ in range(running)]
+    print(max(statuses), flush=True)
 """
 
 T5, T5_V1_1, BLOOM, BERT = "t5-small", "t5-v1_1-small", "bloom-560m", "bert-tiny"
@@ -134,19 +143,21 @@ class World(NamedTuple):
     driver: subprocess.Popen
     made: Path
 
-    def ask(self, *runs: list[str], read: bool = False) -> list[dict]:
-        """What the driver says of these runs, all in one process."""
+    def ask(self, *groups: list[list], read: bool = False) -> list[dict]:
+        """What the driver says of these runs; those of a group share a process."""
         files = str(self.made / f"{time.monotonic_ns()}.")
-        self.driver.stdin.write(json.dumps({"runs": [list(map(str, r)) for r in runs], "read": read, "files": files}) + "\n")
+        groups = [[[str(a) for a in argv] for argv in group] for group in groups]
+        self.driver.stdin.write(json.dumps({"groups": groups, "read": read, "files": files}) + "\n")
         self.driver.stdin.flush()
         status = self.driver.stdout.readline().strip()
-        assert status == "0", Path(files + "err").read_text()
-        return json.loads(Path(files + "json").read_text())
+        assert status == "0", [f.read_text() for f in self.made.glob(f"{Path(files).name}*err")]
+        return [said for i in range(len(groups)) for said in json.loads(Path(f"{files}{i}.json").read_text())]
 
-    def run(self, *runs: list[str], out: Path | None = None) -> list[Outcome]:
-        """`python apet.py`, each with a folder of its own for the results (or with `out`), all in one process."""
-        folders = [out or self.made / f"{time.monotonic_ns()}" for _ in runs]
-        said = self.ask(*([*r, "--out", folder] for r, folder in zip(runs, folders, strict=True)))
+    def run(self, *runs: list, apart: bool = False) -> list[Outcome]:
+        """`python apet.py`, each with a folder of its own for the results; all in one process, or each in its own."""
+        folders = [self.made / f"{time.monotonic_ns()}" for _ in runs]
+        runs = [[*r, "--out", folder] for r, folder in zip(runs, folders, strict=True)]
+        said = self.ask(*([r] for r in runs)) if apart else self.ask(runs)
         keys = ("status", "seconds", "error", "calls")
         found = [{f.stem: json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))} for folder in folders]
         return [Outcome(*(s[k] for k in keys), results) for s, results in zip(said, found, strict=True)]
@@ -251,7 +262,7 @@ def test_no_loading_script_was_run(world, cells):
 
 
 def test_what_is_read_is_what_the_hub_holds_and_nothing_is_in_two_parts(world):
-    parts = {t: p for t, p in zip(SPLITS, world.ask(*(["--task", t] for t in SPLITS), read=True), strict=True)}
+    parts = {t: p for t, p in zip(SPLITS, world.ask([["--task", t] for t in SPLITS], read=True), strict=True)}
     for task, part in parts.items():
         sources = {name: [e["source"] for e in part[name]] for name in ("train", "select", "report")}
         assert all(len(set(s)) == len(s) for s in sources.values())
@@ -289,15 +300,14 @@ def test_a_data_set_that_is_in_no_table_is_read_by_its_id_and_its_label_names_ar
     assert (long.result["data"]["select"], long.result["data"]["report"]) == ("validation", "test")
     assert (short.result["data"]["select"], short.result["data"]["report"]) == (HELD_OUT, "test")
     assert long.result["metric"] == "accuracy" and long.result["data"]["revision"] == revision(world, "datasets", "someone/reviews")
-    (plain,) = world.ask(["--task", "cornell-movie-review-data/rotten_tomatoes"], read=True)
+    (plain,) = world.ask([["--task", "cornell-movie-review-data/rotten_tomatoes"]], read=True)
     assert len(plain["report"]) == standin.TEST and {e["target"] for e in plain["train"]} == {"neg", "pos"}
 
 
 # Every method on every family -----------------------------------------------------------------------------------------
 
 METHODS = ("full", "lora", "adapter", "prompt", "bitfit", "apet", "none")
-TUNE = ["--task", "mrpc", "--steps", "3", "--eval-every", "3", "--train-size", "12", "--eval-size", "8", "--batch-size", "4",
-        "--lr", "0.03", "--budget", "2000", "--max-source-length", "64"]  # fmt: skip
+TUNE = ["--steps", "16", "--eval-every", "8", "--batch-size", "4", "--lr", "0.1", "--budget", "3000", "--max-target-length", "6"]
 
 
 def numbers(result: dict) -> dict:
@@ -305,59 +315,84 @@ def numbers(result: dict) -> dict:
     return {k: result[k] for k in ("score", "metrics", "loss_curve", "eval_curve", "best", "tuned_params")}
 
 
+def one_sided(folder: Path, column: str, often: object, seldom: object) -> Path:
+    """A task that a few steps learn, so that not step 0 is kept: nine answers of ten are the same."""
+    folder.mkdir()
+    for seed, (split, n) in enumerate((("train", 40), ("validation", 10), ("test", 10)), 200):
+        rows = [{"text": t, column: seldom if i % 10 == 4 else often} for i, t in enumerate(standin.texts(n, seed))]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def against(world: World, model: str) -> Path:
+    """A task of this kind where the untuned model says what is seldom right."""
+    folder = world.made / f"{model}-task"
+    if not folder.exists():
+        any_order = one_sided(world.made / f"{model}-first", "label", "movie", "film")
+        (untuned,) = world.run(["--model", model, "--task", any_order, "--method", "none", "--freeze-head"])
+        said = sum(untuned.calls[0]["predicted"]) > 5  # "film" is 0, "movie" is 1
+        one_sided(folder, "label", *(("film", "movie") if said else ("movie", "film")))
+    return folder
+
+
 @pytest.mark.parametrize("model, dtype", [(T5, "fp32"), (BLOOM, "bf16"), (BERT, "fp32")])
 def test_each_method_gives_alone_what_it_gives_in_a_sweep_and_its_delta_gives_its_score(world, model, dtype):
-    base = ["--model", model, "--dtype", dtype, *TUNE]
+    base = ["--model", model, "--dtype", dtype, "--task", against(world, model), *TUNE]
     (sweep,) = world.run([*base, "--method", ",".join(METHODS)])
     assert sweep.status == 0, sweep.error
-    delta = {m: world.made / f"{model}-{m}.safetensors" for m in (*METHODS, "lora,adapter", "prompt of apet")}
     more = {m: ["--method", m] for m in METHODS}
     more |= {"lora,adapter": ["--insert", "lora,adapter"], "prompt of apet": ["--insert", "prompt", "--where", "inserted"]}
-    more["prompt of apet"] += ["--budget", "1500"]
-    # each in a process of its own
-    alone = {m: world.run([*base, *argv, "--save", delta[m]])[0] for m, argv in more.items()}
+    delta = {m: world.made / f"{model}-{m}.safetensors" for m in more}
+    alone = dict(zip(more, world.run(*([*base, *argv, "--save", delta[m]] for m, argv in more.items()), apart=True), strict=True))
     for method, outcome in alone.items():
         assert outcome.status == 0, f"{method}: {outcome.error}"
+        assert method == "none" or outcome.result["best"]["step"] > 0, method  # what is reported is tuned
     for method in METHODS:
         (name,) = alone[method].results
         assert numbers(alone[method].result) == numbers(sweep.results[name]), method
     assert sweep.calls == [call for m in METHODS for call in alone[m].calls]  # every log-likelihood, to the last bit
     reported = {m: outcome.calls[-1]["scores"] for m, outcome in alone.items()}
     assert len({json.dumps(s) for s in reported.values()}) == len(reported)  # each did something, and something else
-    assert alone["apet"].result["tuned_params"] == alone["lora,adapter"].result["tuned_params"] == 2000
+    assert {alone[m].result["tuned_params"] for m in ("apet", "lora,adapter", "prompt of apet")} == {3000}
 
     saved = [m for m in alone if delta[m].exists()]
-    assert set(alone) - set(saved) == ({"none"} if model != BERT else set())
+    assert set(alone) - set(saved) == ({"none"} if model != BERT else set())  # a head is trained whatever the method
     for method, outcome in zip(saved, world.run(*([*base, "--load", delta[m]] for m in saved)), strict=True):
         assert outcome.status == 0, f"{method}: {outcome.error}"
         assert outcome.result["metrics"] == alone[method].result["metrics"], method
         assert [c["scores"] for c in outcome.calls] == [reported[method]], method
 
 
-@pytest.mark.parametrize("model", [T5, BLOOM])
-def test_each_inserted_method_writes_text_and_its_delta_writes_the_same(world, model):
-    base = ["--model", model, *TUNE, "--task", "nq_open", "--max-target-length", "8"]
-    methods = ("lora", "adapter", "prompt", "bitfit", "apet")
+@pytest.mark.parametrize("model, methods", [(T5, ("lora", "adapter", "apet")), (BLOOM, ("prompt", "adapter", "apet"))])
+def test_a_tuned_model_writes_text_and_its_delta_writes_the_same(world, model, methods):
+    task = one_sided(world.made / f"{model}-write", "answer", ["movie", "film"], ["book"])
+    base = ["--model", model, "--task", task, *TUNE]
     (sweep,) = world.run([*base, "--method", ",".join(methods)])
     assert sweep.status == 0, sweep.error
-    deltas = {r["arguments"]["method"]: r["delta"] for r in sweep.results.values()}
-    loaded = world.run(*([*base, "--load", deltas[m]] for m in methods))
-    written = [o.calls[0]["predicted"] for o in loaded]
-    assert written == [call["predicted"] for call in sweep.calls[2::3]] and len({json.dumps(w) for w in written}) > 1
+    results = {r["arguments"]["method"]: r for r in sweep.results.values()}
+    loaded = dict(zip(methods, world.run(*([*base, "--load", results[m]["delta"]] for m in methods)), strict=True))
+    for i, (method, outcome) in enumerate(loaded.items(), 1):
+        assert results[method]["metric"] == "f1" and results[method]["best"]["step"] > 0 and results[method]["score"] > 0.5, method
+        assert outcome.result["metrics"] == results[method]["metrics"] and outcome.result["labels"] == []
+        assert outcome.calls == [sweep.calls[4 * i - 1]]  # steps 0, 8, 16 and the report
+        assert "movie" in outcome.calls[0]["predicted"][0]
 
 
 def test_the_head_of_t5_v1_1_stays_untied_through_loading_tuning_and_export(world):
     folder, exported = folder_of(world, T5_V1_1), world.made / "exported"
     original = torch.load(folder / "pytorch_model.bin")
-    base = ["--model", T5_V1_1, *TUNE]
-    tuned, none = world.run([*base, "--budget", "100%", "--export", exported], [*base, "--method", "none"])
+    base = ["--task", against(world, T5_V1_1), *TUNE]
+    tuned, none = world.run(
+        ["--model", T5_V1_1, *base, "--budget", "100%", "--export", exported], ["--model", T5_V1_1, *base, "--method", "none"]
+    )
     assert tuned.status == none.status == 0, tuned.error + none.error
+    assert tuned.result["model"]["path"] == REPOSITORY[T5_V1_1] and tuned.result["best"]["step"] > 0
     whole = {n: t for n, t in original.items() if "embed_tokens" not in n}  # the two are `shared`
     assert tuned.result["tuned_params"] == tuned.result["total_params"] == sum(t.numel() for t in whole.values())
     written = load_file(exported / "model.safetensors")
     assert set(whole) <= set(written)
     for name in ("lm_head.weight", "shared.weight"):
-        assert 0 < (written[name] - original[name]).abs().max() < 0.2  # 3 steps of Adam at 0.03
+        assert (written[name] - original[name]).abs().max() > 0.01
     assert (written["lm_head.weight"] - written["shared.weight"]).abs().max() > 0.2
 
     for source, expected in ((folder, original), (exported, written)):
@@ -368,8 +403,9 @@ def test_the_head_of_t5_v1_1_stays_untied_through_loading_tuning_and_export(worl
         assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
         assert tokenizer.decode(tokenizer("anna wrote the book").input_ids) == "anna wrote the book</s>"
     again, loaded = world.run(
-        ["--model", str(exported), *TUNE, "--method", "none"], ["--model", T5_V1_1, *TUNE, "--load", tuned.result["delta"]]
+        ["--model", exported, *base, "--method", "none"], ["--model", T5_V1_1, *base, "--load", tuned.result["delta"]]
     )
+    assert again.status == loaded.status == 0, again.error + loaded.error
     assert again.calls[-1] == loaded.calls[-1] == tuned.calls[-1] != none.calls[-1]
 
 
@@ -459,6 +495,7 @@ def test_with_a_soft_prompt_a_batch_gives_what_its_rows_give_alone(world, name):
     if name != BERT:
         data = apet.Data("t", (), "squad", examples, [], examples, {})
         assert apet.predict(model, coder, data, examples, 4, "cpu") == apet.predict(model, coder, data, examples, 1, "cpu")
+        model.eval()  # predict leaves it in training mode
     apet.take_out(apet.base_of(model))
     assert torch.equal(apet.label_scores(model, coder, sources, words, "cpu"), before)
 
@@ -477,11 +514,11 @@ def test_bert_reads_two_texts_as_two_segments_whatever_the_padding(world):
 OF_MODEL, OF_DATA = ["--model", "t5-large", *SMALL], ["--model", "toy-tiny", "--task", "someone/reviews:long", *SMALL]
 
 
-@pytest.mark.parametrize("mode, seconds", [("down", 5), ("silent", 8), ("error", 8), ("deaf", 30), ("cut", 30)])
+@pytest.mark.parametrize("mode, seconds", [("down", 5), ("silent", 8), ("error", 8), ("cut", 20)])
 def test_a_hub_that_fails_is_one_line_within_seconds_and_the_same_command_works_afterwards(world, mode, seconds):
     with world.cold():
         with world.hub.behaves(mode):
-            ((model,), (data,)) = world.run(OF_MODEL), world.run(OF_DATA)
+            model, data = world.run(OF_MODEL)[0], world.run(OF_DATA)[0]
         print(mode, model.seconds, data.seconds, model.error, data.error)
         known = "work offline" if mode in ("down", "silent") else "can't"
         refused(model, "the model google-t5/t5-large", known)
