@@ -1019,7 +1019,7 @@ def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ..
         import datasets
     except ImportError:
         raise UserError("data sets of the hub need the package datasets: pip install datasets; a local file needs none") from None
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
     datasets.config.HF_HUB_OFFLINE = not online  # read once, when datasets was imported
     try:
@@ -1030,12 +1030,10 @@ def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ..
         if task.source in {t.source for t in TASKS.values()}:
             wanted = [s for s in task.splits if s]
         parts = {s: datasets.load_dataset(task.source, task.config, split=s) for s in wanted}
-    except (OSError, ValueError, RuntimeError, KeyError) as e:
+    except Exception as e:  # of httpx, pyarrow and datasets, which share no class
         raise UserError(hub_trouble("the data set", task.source, online, e)) from None
     words = {n: tuple(f.names) for n, f in next(iter(parts.values())).features.items() if isinstance(f, datasets.ClassLabel)}
-    files = str(next(iter((builder.config.data_files or {"": [""]}).values()))[0])
-    revision = re.search(r"@([0-9a-f]{40})", files)
-    return {s: d.to_list() for s, d in parts.items()}, words, {"revision": revision[1] if revision else "cache"}
+    return {s: d.to_list() for s, d in parts.items()}, words, {"revision": builder.hash}
 
 
 def read_multi_news(online: bool) -> tuple[dict[str, list[dict]], dict, dict]:
@@ -1233,10 +1231,10 @@ def find_model(name: str) -> str:
 @functools.cache
 def hub_answers() -> bool:
     """Whether the hub can be reached, asked once, for 3 seconds; if not, its libraries are told to read their cache alone."""
-    import huggingface_hub
     from huggingface_hub import constants
+    from huggingface_hub.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -1289,9 +1287,9 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         more = {"num_labels": len(words)} if family == "encoder" else {}
         more |= {"device_map": args.device_map} if args.device_map else {}
         model = auto[family].from_pretrained(path, dtype=DTYPES[args.dtype], **more)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
-        if isinstance(e, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
         raise UserError(hub_trouble("the model", path, online, e)) from None
     if not args.device_map:
         model.to(args.device)
