@@ -384,6 +384,9 @@ def fill_data(root: Path) -> None:
         answers = [[w] * (1 + k % 2) for k, w in enumerate(texts(n, 35 + i))]
         splits[split] = {"question": [f"who wrote {t}" for t in texts(n, 30 + i)], "answer": answers}
     parquet_repo(root / "google-research-datasets/nq_open", [("nq_open", None, "nq_open/{}-00000-of-00001.parquet", splits)])
+    parquet_repo(root / "someone/broken", [("default", names, "{}.parquet", sentiment({"train": TRAIN}, 90))])
+    file = root / "someone/broken/train.parquet"  # its foot, which says what there is, is right
+    file.write_bytes(b"\xff" * 1000 + file.read_bytes()[1000:])
     # a data set that is in nobody's table, with two configurations; one of them has no validation split
     parquet_repo(root / "someone/reviews", [
         ("long", ("awful", "fine"), "long/{}.parquet", sentiment(sizes, 40, "body", "stars")),
