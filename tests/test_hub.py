@@ -508,7 +508,7 @@ def test_bert_reads_two_texts_as_two_segments_whatever_the_padding(world):
 # A hub that is not as it should be ------------------------------------------------------------------------------------
 
 OF_MODEL = ["--model", "t5-large", *SMALL]
-OF_DATA = ["--model", "toy-tiny", "--task", "someone/reviews:long", "--label-field", "stars", *SMALL]
+OF_DATA = ["--model", T5, "--task", "someone/reviews:long", "--label-field", "stars", *SMALL]
 
 
 @pytest.mark.parametrize("mode, seconds", [("down", 5), ("silent", 8), ("error", 8), ("cut", 20)])
@@ -527,9 +527,9 @@ def test_a_hub_that_fails_is_one_line_within_seconds_and_the_same_command_works_
 
 UNKNOWN = {
     "model": (["--model", "nobody/nothing"], "the model nobody/nothing"),
-    "data set": (["--model", "toy-tiny", "--task", "nobody/nothing"], "the data set nobody/nothing"),
-    "file": (["--model", "toy-tiny", "--task", "someone/broken"], "the data set someone/broken"),
-    "configuration": (["--model", "toy-tiny", "--task", "someone/reviews:medium"], "someone/reviews"),
+    "data set": (["--model", T5, "--task", "nobody/nothing"], "the data set nobody/nothing"),
+    "file": (["--model", T5, "--task", "someone/broken"], "the data set someone/broken"),
+    "configuration": (["--model", T5, "--task", "someone/reviews:medium"], "someone/reviews"),
 }
 
 
