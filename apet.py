@@ -1563,7 +1563,7 @@ def auto_lr(method: str, budget: int, family: str) -> float:
     the authors' rates: 3e-4 for T5 and 1e-4 for others, 3e-2 for prompts; new modules get ten times as much.
     """
     if method == "apet":
-        return min(3e-2, max(1e-3, 1e-2 * (1e4 / budget) ** 0.5))
+        return min(1e-1, max(1e-3, 1.5e-2 * (1e4 / budget) ** 0.5))
     if method == "prompt":
         return 3e-2
     return (3e-4 if family == "seq2seq" else 1e-4) * (1 if method == "full" else 10)
@@ -1737,7 +1737,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mask-seed", default="0", help="seed of the positions; a list sweeps")
     add("--seed", default="0", help="seed of training: data order, dropout; a list sweeps")
     add("--lr", default="auto", help="AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps")
-    add("--steps", help="optimizer steps (default: the authors' 20,000; 400 for the toy tasks, a CPU minute)")
+    add("--steps", help="optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", default="32", help="examples a step, over all micro-batches and processes (default: 32, the authors')")
     add("--grad-accum", default="1", help="micro-batches a step")
     add("--max-source-length", default="128", help="tokens (default: 128, the authors')")
@@ -1792,7 +1792,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.budget = split(args.budget, "budget", str)
     args.mask_seed, args.seed = split(args.mask_seed, "mask-seed", seed), split(args.seed, "seed", seed)
     args.lr = split(args.lr, "lr", rate)
-    args.steps = parse_count(args.steps or (400 if toy else 20_000), "--steps")
+    args.steps = parse_count(args.steps or (600 if toy else 20_000), "--steps")
     args.eval_every = parse_count(args.eval_every or max(1, args.steps // (4 if toy else 20)), "--eval-every")
     for name in (
         "batch_size",
