@@ -290,7 +290,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(
         command="python tests/bench.py " + " ".join(sys.argv[1:]), commit=commit, date=time.strftime("%Y-%m-%d"), total=total,
-        machine=torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        machine=torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} cores",
         torch=torch.__version__, transformers=transformers.__version__, arguments=vars(args), rows=rows,
     )  # fmt: skip
     folder = ROOT / "results" / "bench"
