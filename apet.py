@@ -1250,7 +1250,8 @@ def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
     """One line for what went wrong between us and the hub."""
     if not online:
         return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
-    cause = (error.__cause__ or error.__context__) if "Can't load the" in str(error) else None  # transformers hides it there
+    hidden = any(text in str(error) for text in ("Can't load the", "while generating"))  # what is wrong then stands in its cause
+    cause = (error.__cause__ or error.__context__) if hidden else None
     return f"can't load {what} {name}: {' '.join(str(cause or error).split())[:300]}"
 
 
