@@ -6,7 +6,7 @@
 
 The frozen bound is forward plus backward to the inputs of the same model, all weights frozen: what any method that
 tunes weights throughout the model has to pay. In each round every method is set up, warmed up, and timed in alternation
-with the bound (bound, method, bound, method, ...); ratios are medians over all pairs, so that they hold on a machine whose
+with the bound (method, bound, bound, method, ...); ratios are medians over all pairs, so that they hold on a machine whose
 speed drifts. On a CPU the ratio is taken of wall time and of the process's CPU time (which others on the machine disturb
 less). Random weights: speed does not depend on them.
 
@@ -264,15 +264,15 @@ def main() -> None:
         for make in makers:
             row = make()
             row.step(batch)  # warm-up: moments are made, memory is fetched
-            for _ in range(args.pairs):
-                times = []
-                for part in (bound, row):
+            for pair in range(args.pairs):
+                times = {}
+                for part in (bound, row) if pair % 2 else (row, bound):  # who comes second may find memory warm
                     sync(args.device)
                     start = time.perf_counter(), time.process_time()
                     part.step(batch)
                     sync(args.device)
-                    times.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
-                (a, a_cpu), (b, b_cpu) = times
+                    times[part] = (1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1]))
+                (a, a_cpu), (b, b_cpu) = times[bound], times[row]
                 pairs.setdefault(row.label, []).append((a, b, b_cpu / a_cpu))
             if round_ == 0:
                 facts[row.label] = measure(row, batch, args.device)
