@@ -733,6 +733,8 @@ def method_parameters(model: nn.Module, method: str) -> int:
         widths = [linear_shape(m)[1] for m in linear_layers(model, SUBLAYER_END, "adapter").values()]
         return sum(2 * ADAPTER_WIDTH * width + ADAPTER_WIDTH + width for width in widths)
     if method == "prompt":
+        if not hasattr(model, "get_input_embeddings"):
+            raise UserError(f"prompt: {type(model).__name__} has no input embeddings")
         return PROMPT_TOKENS * model.get_input_embeddings().embedding_dim
     if biases := own_biases(model):
         return sum(p.numel() for p in biases.values())

@@ -84,21 +84,9 @@ def test_apet_learns_on_pretrained_weights_what_it_does_not_on_random_ones(tmp_p
     hf.AutoTokenizer.from_pretrained(TOY / "models/base").save_pretrained(tmp_path / "random")
     scores = {}
     for name, model in (("pretrained", "toy-base"), ("random", str(tmp_path / "random"))):
-        argv = [
-            "--model",
-            model,
-            "--steps",
-            "200",
-            "--eval-size",
-            "300",
-            "--budget",
-            "1e4",
-            "--dropout",
-            "0",
-            "--out",
-            str(tmp_path / name),
-        ]
+        out = tmp_path / "out" / name
+        argv = f"--model {model} --steps 200 --eval-size 300 --budget 1e4 --dropout 0 --out {out}".split()
         assert apet.main(argv) == 0
-        (file,) = (tmp_path / name).glob("*.json")
+        (file,) = out.glob("*.json")
         scores[name] = json.loads(file.read_text())["score"]
     assert scores["pretrained"] > 0.8 and scores["random"] < 0.65
