@@ -1857,6 +1857,9 @@ def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
             }
             if not trains:
                 kept = {k: v for k, v in kept.items() if k not in ("steps", "eval_every", "batch_size", "grad_accum", "dropout")}
+            if args.load:  # another delta under the same name is another cell
+                with open(args.load, "rb") as f:
+                    kept["load"] = hashlib.sha256(f.read()).hexdigest()
             parts = [args.model, args.task, "loaded" if args.load else method]
             parts += [f"{mask}-{budget}-p{mask_seed}"] if apet else []
             parts += [f"s{seed}"] if trains and method != "none" else []

@@ -66,6 +66,15 @@ def test_a_run_writes_a_result_that_can_be_redone_and_a_delta_that_gives_its_sco
     assert loaded["score"] == first["score"] and loaded["tuned_params"] == 1000 and loaded["loss_curve"] == []
 
 
+def test_another_delta_under_the_same_name_is_evaluated_anew(tmp_path):
+    file = tmp_path / "my.safetensors"
+    for budget, count in (("10", 1), ("20", 2)):
+        run("--budget", budget, "--save", file, out=tmp_path / "runs")
+        run("--load", file, out=tmp_path / "loaded")
+        assert len(results(tmp_path / "loaded")) == count
+    assert {r["tuned_params"] for r in results(tmp_path / "loaded").values()} == {10, 20}
+
+
 def test_the_exported_checkpoint_is_a_plain_hugging_face_model_with_the_same_score(tmp_path):
     run(
         "--budget", "1e4", "--lr", "0.03", "--export", tmp_path / "model", "--save", tmp_path / "my.safetensors", out=tmp_path / "a"
