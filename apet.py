@@ -1296,6 +1296,8 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         raise UserError(hub_trouble("the model", path, online, e)) from None
     if not args.device_map:
         model.to(args.device)
+    if args.pool == "mean":
+        pool_mean(model)
     cached = None if os.path.isdir(path) else try_to_load_from_cache(path, "config.json")
     found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
     return (
@@ -1303,6 +1305,24 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         tokenizer,
         {"path": args.model if os.path.isdir(path) else path, "revision": found[1] if found else "local", "family": family},
     )
+
+
+def pool_mean(model: nn.Module) -> None:
+    """Let the classification head read the mean of the text's last hidden states in place of the pooler's output."""
+    base, mask = base_of(model), {}
+    pooler = getattr(base, "pooler", None)
+    if pooler is None or isinstance(pooler, nn.Linear):
+        raise UserError(f"--pool mean: {type(model).__name__} has no pooler in whose place the mean could go")
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask["now"] = kwargs["attention_mask"][..., None]
+
+    def mean(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        here = mask["now"].to(args[0])
+        return (args[0] * here).sum(1) / here.sum(1)
+
+    base.register_forward_pre_hook(remember, with_kwargs=True)
+    pooler.register_forward_hook(mean)
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -1737,6 +1757,8 @@ def parser() -> argparse.ArgumentParser:
     add("--where", default="all", help=f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names")
     add("--insert", default="", help="lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
     add("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
+    pool = "what the head of an encoder reads: the pooler's view of [CLS] (as BERT), or the mean of the text's last hidden states"
+    add("--pool", choices=("cls", "mean"), default="cls", help=f"{pool} (default: %(default)s)")
     add("--mask-seed", default="0", help="seed of the positions; a list sweeps")
     add("--seed", default="0", help="seed of training: data order, dropout; a list sweeps")
     add("--lr", default="auto", help="AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps")
@@ -1833,6 +1855,9 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
         if about.get("format") != "apet 1" or about.get("method", "apet") not in METHODS:
             raise UserError(f"{args.load} is no delta of apet.py")
         args.method, args.insert = [about.get("method", "apet")], list(filter(None, about.get("insert", "").split(",")))
+        args.pool = about.get("pool", "cls")
+    if args.export and args.pool == "mean":
+        raise UserError("--export: a plain checkpoint can't say that the head reads the mean; the delta (--save) does")
     return args
 
 
@@ -1853,7 +1878,7 @@ def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
             kept = {
                 k: v
                 for k, v in sorted(vars(cell).items())
-                if k not in ("out", "save", "export", "resume", "device", "eval_batch_size")
+                if k not in ("out", "save", "export", "resume", "device", "eval_batch_size") and (k, v) != ("pool", "cls")
             }
             if not trains:
                 kept = {k: v for k, v in kept.items() if k not in ("steps", "eval_every", "batch_size", "grad_accum", "dropout")}
@@ -1937,6 +1962,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
         }  # fmt: skip
         if ranks()[0] == 0:
             about = {"model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
+            about |= {"pool": args.pool} if args.pool != "cls" else {}
             if tuned.apet and not args.load:
                 result["delta"] = args.save or f"{file}.safetensors"
                 tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
@@ -2063,25 +2089,39 @@ def run(argv: list[str] | None = None) -> None:
             parse_budget(budget, base_of(model))  # a wrong one is known before the first cell has run
         if args.gradient_checkpointing:
             checkpoint(model)
-    results = []
+    results, failed = [], []
     for i, cell in enumerate(todo, 1):
         if cell.name not in done:
             if len(todo) > 1:
                 say(f"[{i}/{len(todo)}] {cell.label}")
             try:
-                done[cell.name] = run_cell(model, facts, coder, data, cell)
-            except torch.OutOfMemoryError:
-                if args.gradient_checkpointing:
-                    raise UserError(
-                        "out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum"
-                    ) from None
-                say("out of GPU memory: once more with gradient checkpointing")
-                args.gradient_checkpointing = True
-                checkpoint(model)
-                done[cell.name] = run_cell(model, facts, coder, data, cell)
+                done[cell.name] = run_in_memory(model, facts, coder, data, cell, args)
+            except UserError as e:
+                if len(todo) == 1:
+                    raise
+                say(f"[{i}/{len(todo)}] {cell.label} failed: {e}")
+                failed.append(cell.label)
+                continue
         results.append((cell, done[cell.name]))
-    if ranks()[0] == 0:
+    if results and ranks()[0] == 0:
         print(table(results, data))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}")
+
+
+def run_in_memory(
+    model: nn.Module, facts: dict, coder: Coder, data: Data, cell: argparse.Namespace, args: argparse.Namespace
+) -> dict:
+    """`run_cell`; once GPU memory has run out, again with gradient checkpointing, which then stays on."""
+    try:
+        return run_cell(model, facts, coder, data, cell)
+    except torch.OutOfMemoryError:
+        if args.gradient_checkpointing:
+            raise UserError("out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum") from None
+    say("out of GPU memory: once more with gradient checkpointing")
+    args.gradient_checkpointing = True
+    checkpoint(model)
+    return run_in_memory(model, facts, coder, data, cell, args)
 
 
 def checkpoint(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, batch_for, build
 from safetensors.torch import load_file
 
 import apet
@@ -331,6 +331,8 @@ WRONG = {
     "device": (["--device", "cuda:77"], "can't be used"),
     "device word": (["--device", "gpu"], "can't be used"),
     "flag": (["--bugdet", "3"], None),
+    "pool": (["--pool", "mean"], "has no pooler"),
+    "pool and export": (["--pool", "mean", "--export", "{tmp}/model"], "can't say that the head reads the mean"),
     "save": (["--budget", "1,2", "--save", "x"], "want one run, not a sweep of 2"),
     "load": (["--load", "{tmp}/none.safetensors"], "there is no file"),
     "load text": (["--load", "{tmp}/text.jsonl"], "is not a safetensors file"),
@@ -382,6 +384,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(tmp_path, caps
     assert apet.main([*SMALL, "--lr", "1e30", "--method", "full", "--out", str(tmp_path)]) == 2
     assert "the loss is" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_that_fails_does_not_stop_the_others_of_its_sweep_and_is_not_hidden(tmp_path, capsys):
+    argv = [*SMALL, "--method", "full,none", "--lr", "1e30", "--out", str(tmp_path)]
+    assert apet.main(argv) == 2
+    said = capsys.readouterr()
+    assert "full failed: the loss is" in said.err and "1 of 2 runs failed" in said.err.splitlines()[-1]
+    assert only(tmp_path)["arguments"]["method"] == "none" and "none" in said.out
+
+
+def test_the_head_can_read_the_mean_of_the_text():
+    model = build("bert").eval()
+    batch = {k: v for k, v in batch_for("bert").items() if k != "labels"}
+    with torch.no_grad():
+        hidden, mask = model.bert(**batch).last_hidden_state, batch["attention_mask"]
+        means = [h[m.bool()].mean(0) for h, m in zip(hidden, mask, strict=True)]
+        expected = model.classifier(torch.stack(means))
+        apet.pool_mean(model)
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="no pooler"):
+        apet.pool_mean(build("t5"))
 
 
 def test_a_delta_of_another_model_is_refused(tmp_path, capsys):

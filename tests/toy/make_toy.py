@@ -396,17 +396,23 @@ def all_words() -> list[str]:
     return sorted(words)
 
 
-GENRES = [(review_document, 48), (follows_document, 20), (same_document, 11), (walk_document, 9), (story_document, 8)]
+GENRES = {  # percent of the documents, at first and in the late round, when reviews are known; the rest are lists of words
+    review_document: (48, 16),
+    follows_document: (20, 30),
+    same_document: (11, 26),
+    walk_document: (9, 18),
+    story_document: (8, 6),
+}
 
 
-def document(rng: random.Random, words: list[str], ease: float = 0.0) -> tuple[str, str]:
+def document(rng: random.Random, words: list[str], ease: float = 0.0, late: bool = False) -> tuple[str, str]:
     """A short text in two parts: something told, and what follows from it. `ease` thins out negation, down to none at 1:
     what turns a meaning around is learned once there is a meaning."""
     draw = rng.randrange(100)
-    for make, share in GENRES:
-        if draw < share:
+    for make, shares in GENRES.items():
+        if draw < shares[late]:
             return make(rng, ease)
-        draw -= share
+        draw -= shares[late]
     return word_list(rng, words)
 
 
@@ -622,11 +628,11 @@ def check() -> None:
 
 # ------------------------------------------------------------------------------------------------ pretraining
 
-SCALES = {  # width, feed-forward width, heads, width of a head, layers in encoder and in decoder, steps, learning rate, rounds
-    "tiny": dict(d_model=32, d_ff=96, num_heads=2, d_kv=16, num_layers=2, steps=6000, lr=1.5e-3),
-    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, steps=7000, lr=1e-3),
-    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, steps=8000, lr=1.2e-3),
-    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, steps=3200, lr=1e-3, rounds=2),
+SCALES = {  # shape (layers: in encoder and in decoder), learning rate, steps of each round, the last of which is the late one
+    "tiny": dict(d_model=32, d_ff=96, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(6000, 3000)),
+    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500)),
+    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000)),
+    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400)),
 }
 BATCH = 32
 
@@ -654,7 +660,7 @@ def corrupt(told: list[int], rest: list[int], rng: random.Random) -> tuple[list[
     return source + ids[at:] + [1], [*target, 3 + len(spans), 1]
 
 
-def batches(tokenizer, seed: str, steps: int, batch: int = BATCH, pool: int = 16, easy: float = 0.3):
+def batches(tokenizer, seed: str, steps: int, batch: int = BATCH, pool: int = 16, easy: float = 0.3, late: bool = False):
     """Endless batches of corrupted documents, of similar length within a batch; the first part, `easy`, of `steps` gets harder."""
     import torch
 
@@ -666,7 +672,7 @@ def batches(tokenizer, seed: str, steps: int, batch: int = BATCH, pool: int = 16
 
     for begin in itertools.count(step=pool):
         ease = max(0.0, 1 - begin / (easy * steps)) if easy else 0.0
-        texts = [document(rng, words, ease) for _ in range(batch * pool)]
+        texts = [document(rng, words, ease, late) for _ in range(batch * pool)]
         encoded = [tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*texts, strict=False)]
         pairs = [corrupt(told.ids, rest.ids, rng) for told, rest in zip(*encoded, strict=False)]
         pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
@@ -682,7 +688,7 @@ def new_model(scale: str, vocabulary: int, seed: int = SEED):
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    shape = {key: value for key, value in SCALES[scale].items() if key not in ("steps", "lr", "rounds")}
+    shape = {key: value for key, value in SCALES[scale].items() if key not in ("lr", "rounds")}
     config = T5Config(
         vocab_size=vocabulary,
         **shape,
@@ -737,10 +743,10 @@ def pretrain(scale: str, steps: int | None = None, out: Path | None = None) -> N
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     model = new_model(scale, tokenizer.get_vocab_size())
     count = sum(p.numel() for p in model.parameters())
-    steps, peak = steps or SCALES[scale]["steps"], SCALES[scale]["lr"]
-    rounds, tokens = SCALES[scale].get("rounds", 1), 0
-    for turn in range(rounds):  # each from the weights that the one before would have saved; only the first begins easy
-        stream = batches(tokenizer, f"{SEED} pretrain" + (f" {turn}" if turn else ""), steps, easy=0.0 if turn else 0.3)
+    rounds, peak, tokens = [steps] if steps else SCALES[scale]["rounds"], SCALES[scale]["lr"], 0
+    for turn, steps in enumerate(rounds):  # each from the weights that the one before would have saved; only the first begins easy
+        seed = f"{SEED} pretrain" + (f" {turn}" if turn else "")
+        stream = batches(tokenizer, seed, steps, easy=0.0 if turn else 0.3, late=0 < turn == len(rounds) - 1)
         model = model.half().float() if turn else model
         recent, seen = pretrain_round(model, stream, steps, peak, f"{scale} {count:,} parameters, round {turn + 1}")
         tokens += seen
