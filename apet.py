@@ -1347,7 +1347,7 @@ class Coder:
 
     def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
-        self.seen: dict[tuple[str, ...], list[int]] = {}
+        self.seen: dict[tuple[str, ...] | str, list[int]] = {}
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.positions = False  # see `for_model`
 
@@ -1375,9 +1375,11 @@ class Coder:
 
     def written(self, text: str) -> list[int]:
         """Ids of a text to be written; they end in the end-of-sequence token, when cut, too."""
-        text = text if self.family == "seq2seq" else f" {text}"
-        ids = self.tokenizer(text_target=text, add_special_tokens=False).input_ids[: self.max_target - 1]
-        return [*ids, self.tokenizer.eos_token_id]
+        if text not in self.seen:
+            spaced = text if self.family == "seq2seq" else f" {text}"
+            ids = self.tokenizer(text_target=spaced, add_special_tokens=False).input_ids[: self.max_target - 1]
+            self.seen[text] = [*ids, self.tokenizer.eos_token_id]
+        return self.seen[text]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
         """input_ids and attention_mask (batch, longest); with targets, labels: -100 where nothing is to be learnt."""
@@ -1682,16 +1684,17 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
         while record["step"] < args.steps:
             start = time.perf_counter()
             chosen = [data.train[i] for i in batch_at(record["step"], args.batch_size, len(data.train), args.seed)]
-            targets = [coder.target(e) for e in chosen]
-            count = sum(map(len, targets))
+            chosen.sort(key=lambda e: len(coder.source(e)))  # micro-batches of like length: less padding
+            count = sum(len(coder.target(e)) for e in chosen)
             loss = torch.zeros((), device=args.device)
-            for i in range(args.grad_accum):  # micro-batch i of this rank
-                mine = range(rank * args.grad_accum + i, len(chosen), world * args.grad_accum)
-                if len(mine):
-                    batch = coder.batch([coder.source(chosen[j]) for j in mine], [targets[j] for j in mine], args.device)
-                    part = loss_sum(model, coder, batch) / count
-                    part.backward()
-                    loss += part.detach()
+            for i in range(args.grad_accum):
+                part, parts = i * world + rank, args.grad_accum * world
+                mine = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
+                if mine:
+                    batch = coder.batch([coder.source(e) for e in mine], [coder.target(e) for e in mine], args.device)
+                    part_loss = loss_sum(model, coder, batch) / count
+                    part_loss.backward()
+                    loss += part_loss.detach()
             if world > 1:
                 for p in tuned.params.values():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1764,7 +1767,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", default="auto", help="AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps")
     add("--steps", help="optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", default="32", help="examples a step, over all micro-batches and processes (default: 32, the authors')")
-    add("--grad-accum", default="1", help="micro-batches a step")
+    add("--grad-accum", default="1", help="micro-batches a step, each of examples of like length")
     add("--max-source-length", default="128", help="tokens (default: 128, the authors')")
     add("--max-target-length", default="128", help="tokens, end of sequence included")
     add("--eval-every", help="steps between evaluations (default: a twentieth of all, the authors'; a quarter for the toy tasks)")
@@ -1870,6 +1873,8 @@ def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
             args.budget if apet else [None], args.mask if apet else [None], args.mask_seed if apet else [None],
             args.seed if trains else [None], args.lr if trains and method != "none" else [None],
         ):  # fmt: skip
+            if mask == "magnitude" and mask_seed != args.mask_seed[0]:
+                continue
             cell = argparse.Namespace(
                 **vars(args) | dict(method=method, budget=budget, mask=mask, mask_seed=mask_seed, seed=seed, lr=lr)
             )

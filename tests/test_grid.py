@@ -1,0 +1,127 @@
+"""run_grid.sh: valid commands, each once; a failure stops nothing and is not hidden; an interrupted study continues."""
+
+import collections
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import apet
+
+GRID = str(ROOT / "run_grid.sh")
+
+
+def environment(**more):
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more}
+
+
+def grid(*options, **more):
+    return subprocess.run([GRID, *map(str, options)], capture_output=True, text=True, env=environment(**more), timeout=300)
+
+
+def listed(*options):
+    return [line.split(" ", 2)[2] for line in grid("--list", *options).stdout.splitlines()]
+
+
+def cells(line):
+    return apet.cells(apet.settle(apet.parser().parse_args(shlex.split(line))))
+
+
+@pytest.mark.parametrize("options", [[], ["--offline"], ["--offline", "--quick"]], ids=["paper", "offline", "quick"])
+def test_every_command_is_valid_and_no_run_is_in_two_of_them(options):
+    lines = listed(*options)
+    runs = collections.Counter(cell.name for line in lines for cell in cells(line))
+    assert len(set(lines)) == len(lines) > 10 and max(runs.values()) == 1
+    said = (ROOT / "README.md").read_text()
+    assert f"{len(lines)} commands, {sum(runs.values()):,} runs" in said
+
+
+def test_the_paper_s_grid_has_its_families_tasks_methods_and_budgets():
+    every = [cell for line in listed() for cell in cells(line)]
+    assert {c.task for c in every} == {t for t in apet.TASKS if not t.startswith("toy")}
+    assert all(c.model in apet.SHORT for c in every)
+    assert {c.method for c in every} == {"apet", "full", *apet.COUNTED}
+    assert {c.mask for c in every if c.mask} == set(apet.MASKS)
+    assert {f"1e{e}" for e in range(1, 8)} | set(apet.COUNTED) == {c.budget for c in every if c.budget}
+    written = {"samsum", "multi_news", "nq_open"}
+    assert not [c for c in every if c.model.startswith("bert") and c.task in written]
+    assert {c.task for c in every if c.model == "bloom-1b1"} >= written
+
+
+def test_options_choose_and_wrong_ones_are_one_line():
+    lines = listed("--models", "bert-base", "--tasks", "rte,sst2", "--experiments", "position", "--seeds", "4", "--out", "a b")
+    assert len(lines) == 2 and {c.mask_seed for line in lines for c in cells(line)} == {0, 1, 2, 3}
+    assert {c.out for line in lines for c in cells(line)} == {"a b"}
+    for wrong, said in (
+        (["--models", "bert-huge"], "unknown model 'bert-huge'; there are bert-small"),
+        (["--tasks", "toy-qa"], "unknown task 'toy-qa'"),
+        (["--seeds", "none"], "--seeds must be a whole number from 1"), (["--quick"], "--quick goes with --offline"),
+        (["--out"], "--out needs a value"), (["--fast"], "unknown option --fast"),
+        (["--models", "bert-base", "--tasks", "samsum"], "no command: an encoder can't write samsum"),
+    ):  # fmt: skip
+        outcome = grid("--list", *wrong)
+        assert outcome.returncode == 2 and outcome.stderr.startswith(f"run_grid: error: {said}"), outcome.stderr
+        assert len(outcome.stderr.splitlines()) == 1 and not outcome.stdout
+
+
+def test_a_command_that_fails_stops_no_other_and_is_named_with_its_reason(tmp_path):
+    """A stand-in for python notes its GPUs and its command, and fails for one task."""
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*" >>"$NOTES"\n'
+        'case "$*" in *mnli*) echo "apet: error: no such luck"; exit 2;; esac\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    notes, options = (
+        tmp_path / "notes",
+        ["--models", "bert-base", "--experiments", "full", "--gpus", "0+1,2", "--out", tmp_path / "out"],
+    )
+    outcome = grid(*options, PATH=f"{tmp_path}:{os.environ['PATH']}", NOTES=str(notes))
+    assert outcome.returncode == 1
+    ran = [line.split(" ", 1) for line in notes.read_text().splitlines()]
+    assert sorted(argv.replace("apet.py ", "", 1) for _, argv in ran) == sorted(listed(*options)) and len(ran) == 8
+    assert {gpus for gpus, _ in ran} <= {"0,1", "2"}
+    assert outcome.stderr.count("no such luck") == 1 and "1 commands failed" in outcome.stderr
+    assert re.search(r"python apet.py --model bert-base --task mnli .*\n    apet: error: no such luck", outcome.stderr)
+
+
+def test_an_interrupted_study_continues_and_redoes_nothing(tmp_path):
+    options = [
+        "--offline",
+        "--quick",
+        "--models",
+        "toy-tiny",
+        "--tasks",
+        "toy-sentiment",
+        "--experiments",
+        "budget",
+        "--out",
+        tmp_path,
+    ]
+    first = subprocess.Popen([GRID, *map(str, options)], env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (done := list(tmp_path.glob("*.json"))) and time.time() < deadline:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 130 and "the same command continues" in first.stderr.read()
+    done = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*.json")}
+    expected = {cell.name for line in listed(*options) for cell in cells(line)}
+    assert 0 < len(done) < len(expected)
+    again = grid(*options)
+    assert again.returncode == 0, again.stderr
+    assert {f.stem for f in tmp_path.glob("*.json")} == expected
+    assert {f: f.stat().st_mtime_ns for f in done} == done
+    assert "4 of 4 runs done, 0 commands failed" in again.stderr
+    assert all(json.loads(f.read_text())["loss_curve"] for f in tmp_path.glob("*.json"))
+
+
+def test_shellcheck_finds_nothing():
+    outcome = subprocess.run(["shellcheck", GRID], capture_output=True, text=True, env=environment())
+    assert outcome.returncode == 0, outcome.stdout
