@@ -615,22 +615,23 @@ class _Linear:
         return _Tap.apply(output, self.slot.apet.values, self, self.keep(x, output))
 
     def keep(self, x: Tensor, output: Tensor) -> Tensor:
-        """What backward needs: the chosen columns of x (tokens, in), transposed; x itself if most are chosen."""
-        x = x.t() if self.all_cols else x.t().index_select(0, self.cols.to(x.device))
+        """What backward needs: the chosen columns of x (tokens, in); x itself if most are chosen."""
+        x = x if self.all_cols else x.index_select(1, self.cols.to(x.device))
         return x.to(output.device, output.dtype)
 
     def entries(self, kept: Tensor, grad: Tensor) -> Tensor:
-        """The gradient at the chosen entries, from kept (columns, tokens) and the output's gradient (..., out)."""
-        dy = grad.reshape(-1, grad.shape[-1]).t()
+        """The gradient at the chosen entries, from kept (tokens, columns) and the output's gradient (..., out)."""
+        dy = grad.reshape(-1, grad.shape[-1])
         if self.rows.device != dy.device:
             self.rows, self.cols = self.rows.to(dy.device), self.cols.to(dy.device)
             self.row_of, self.col_of = self.row_of.to(dy.device), self.col_of.to(dy.device)
-        if len(kept) > len(self.cols):
-            kept = kept.index_select(0, self.cols)
+        if kept.shape[1] > len(self.cols):
+            kept = kept.index_select(1, self.cols)
         if not self.all_rows:
-            dy = dy.index_select(0, self.rows)
+            dy = dy.index_select(1, self.rows)
         if self.product:
-            return (dy @ kept.t()).view(-1).index_select(0, self.row_of * len(self.cols) + self.col_of)
+            return (dy.t() @ kept).view(-1).index_select(0, self.row_of * len(self.cols) + self.col_of)
+        dy, kept = dy.t(), kept.t().contiguous()  # dot products over neighbouring numbers
         if self.csr is not None and dy.device.type == "cpu" and dy.dtype != torch.float64:
             return torch.sparse.sampled_addmm(self.csr, dy.float(), kept.float().t(), beta=0.0).values()
         out = torch.empty(len(self.row_of), device=dy.device, dtype=torch.promote_types(dy.dtype, torch.float32))

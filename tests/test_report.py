@@ -1,0 +1,346 @@
+"""results/report.py on results made by hand, whose thresholds, spreads and probabilities are known without it."""
+
+import csv
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "results" / "report.py"
+spec = importlib.util.spec_from_file_location("report", SCRIPT)
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+
+SCALES = {"toy-tiny": 100_000, "toy-small": 1_000_000, "toy-base": 10_000_000}
+
+
+def put(folder, score, model="toy-base", task="t", method="apet", budget="1e3", mask_seed=0, seed=0, mask="random", **other):
+    """One result of apet.py, of 1,000 rows and random guess 0.5; other: further arguments, or date or total."""
+    apet, total = method == "apet", other.pop("total", SCALES.get(model, 10_000_000))
+    arguments = {
+        "model": model, "task": task, "method": method, "budget": budget if apet else None, "mask": mask if apet else None,
+        "mask_seed": mask_seed if apet else None, "seed": seed, "lr": "auto", "steps": 600, "batch_size": 32,
+        "where": "all" if apet else None, "insert": [], "dtype": "fp32",
+    }  # fmt: skip
+    result = {
+        "score": score, "metric": "accuracy", "metrics": {"accuracy": score},
+        "baselines": {"random_guess": 0.5, "majority": 0.52}, "total_params": total,
+        "tuned_params": int(float(budget)) if apet else {"lora": 5_000}.get(method, total),
+        "data": {"sizes": {"report": 1000}}, "device": "cpu here", "versions": {"torch": "2.13.0"},
+        "apet_sha256": "ab12" * 16, "date": other.pop("date", "2026-11-24T08:00:00"), "arguments": arguments | other,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{len(list(folder.iterdir())):04}.json").write_text(json.dumps(result))
+
+
+def line(folder, means, offsets=(-0.02, 0.0, 0.02), **which):
+    """APET at 100, 1,000, ... scalars with these means; the position seeds lie around them by offsets."""
+    for i, mean in enumerate(means):
+        for s, offset in enumerate(offsets):
+            put(folder, mean + offset, budget=f"1e{i + 2}", mask_seed=s, **which)
+
+
+def full(folder, *scores, **which):
+    for s, score in enumerate(scores):
+        put(folder, score, method="full", seed=s, **which)
+
+
+def made(folder, out):
+    assert report.main([str(folder), "--out", str(out)]) == 0
+    with open(out / "report.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    return " ".join((out / "README.md").read_text().split()), rows
+
+
+@pytest.fixture(autouse=True)
+def figures(request, monkeypatch):
+    """Drawing takes most of the time; only the tests that look at the files, and those of odd folders, draw."""
+    if not re.search("figures|markers_is_kept|partial", request.node.name):
+        monkeypatch.setattr(report, "draw", lambda *_: [])
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def test_thresholds_and_spreads_by_hand(runs, out):
+    """Low: 0.5 + 2.326 sqrt(0.25 / 1000) = 0.536777, reached at 10^(2 + 0.036777 / 0.2) = 152.7. High: the sd of 0.79 and 0.81,
+    0.014142, exceeds sqrt(0.16 / 1000) = 0.012649; 0.8 - 0.014142 = 0.785858 is reached at 10^(3 + 0.085858 / 0.2) = 2687."""
+    line(runs, (0.5, 0.7, 0.9))
+    full(runs, 0.79, 0.81)
+    text, rows = made(runs, out)
+    found = re.search(r"\| toy-base \| 10,000,000 \| t \| 153 \[([\d,]+), ([\d,]+)\] \| 2,690 \[([\d,]+), ([\d,]+)\] \|", text)
+    low, high, high_from, high_to = (int(x.replace(",", "")) for x in found.groups())
+    assert 100 < low < 153 < high < 200 and 1000 < high_from < 2690 < high_to < 10_000
+    (middle,) = [r for r in rows if r["budget"] == "1000"]
+    assert middle == {
+        "model": "toy-base", "total_params": "10000000", "task": "t", "method": "apet", "mask": "random", "budget": "1000",
+        "runs": "3", "position_seeds": "3", "mean": "0.7", "sd": "0.02", "min": "0.68", "max": "0.72", "random_guess": "0.5",
+        "majority": "0.52", "full_mean": "0.8",
+    }  # fmt: skip
+    (whole,) = [r for r in rows if r["method"] == "full"]
+    assert (whole["sd"], whole["position_seeds"], whole["budget"]) == ("0.014142", "0", "10000000")
+    assert "| toy-base | 10,000,000 | 0.500 ± 0.020 (3) | 0.700 ± 0.020 (3) | 0.900 ± 0.020 (3) |" in text
+
+
+def test_one_full_run_leaves_the_sampling_error(runs, out):
+    """0.8 - sqrt(0.16 / 1000) = 0.787351, reached at 10^(3 + 0.087351 / 0.2) = 2734."""
+    line(runs, (0.5, 0.7, 0.9))
+    full(runs, 0.8)
+    assert "] | 2,730 [" in made(runs, out)[0]
+
+
+def test_interval_by_hand(runs, out):
+    """Only the seeds at 1,000 scalars differ, by -0.02, 0, 0.02. The mean of three draws is off by -0.02 with probability 1/27
+    (below 5 %) and by at most -0.01333 with 4/27: the ends are 10^(2 + 0.036777 / (0.2 ∓ 0.01333)) = 157.4 and 148.7."""
+    line(runs, (0.5,), offsets=(0, 0, 0))
+    for s, score in enumerate((0.68, 0.7, 0.72)):
+        put(runs, score, budget="1000", mask_seed=s)
+    assert "| 153 [149, 157] | no full run |" in made(runs, out)[0]
+
+
+def test_interval_holds_ninety_percent(runs, out):
+    """One of eight seeds is 0.08 higher: it is drawn three times or more with probability 6.7 %, never with 34 %; so 5 % and 95 %
+    lie at means of 0.72 and 0.69, 10^(2 + 0.036777 / 0.22) = 147 and 10^(2 + 0.036777 / 0.19) = 156."""
+    line(runs, (0.5,), offsets=(0,) * 8)
+    for s in range(8):
+        put(runs, 0.77 if s == 5 else 0.69, budget="1e3", mask_seed=s)
+    assert "| 153 [147, 156] |" in made(runs, out)[0]
+
+
+def test_censored_and_missing_thresholds(runs, out):
+    line(runs, (0.6, 0.7), task="passes at once")
+    full(runs, 0.65, task="passes at once")
+    line(runs, (0.5, 0.51), task="never")
+    full(runs, 0.9, task="never")
+    line(runs, (0.5, 0.51), task="nothing learns")
+    full(runs, 0.505, task="nothing learns")
+    line(runs, (0.5, 0.7), offsets=(0,), task="one seed")
+    text, _ = made(runs, out)
+    assert "| passes at once | <= 100 [<= 100, <= 100] | 223 [" in text  # 10^(2 + (0.65 - 0.015083 - 0.6) / 0.1)
+    assert "| never | > 1,000 [> 1,000, > 1,000] | > 1,000 [> 1,000, > 1,000] |" in text
+    assert "| nothing learns | > 1,000 [> 1,000, > 1,000] | full at random guess |" in text
+    assert "| one seed | 153 | no full run |" in text
+    assert "3 thresholds beyond the measured budgets or without a usable full run are left out." in text
+
+
+def spreads(folder, factor, tasks, **which):
+    """At one budget the sd over positions is 0.01 at 1e5 parameters and factor times that with each decade; the mean is 0.7."""
+    for task in tasks:
+        for i, model in enumerate(SCALES):
+            sd = 0.01 * factor**i
+            for s, offset in enumerate((-sd, 0, sd)):
+                put(folder, 0.7 + offset, model=model, task=task, mask_seed=s, **which)
+            full(folder, 0.9, model=model, task=task)
+
+
+def test_permutation_p_of_one_line(runs, out):
+    """Three falling points: of 6 orders one is as steep (p = 1/6) and two in absolute value (1/3); slope log10(1/2) = -0.301."""
+    spreads(runs, 0.5, ["a"])
+    text, _ = made(runs, out)
+    found = re.findall(
+        r"Undecided: 1, (.*?): mean slope -0.301 .*?, 1 of 1 falling; p = ([\d.]+) one-sided .*?, ([\d.]+) two-", text
+    )
+    assert [name for name, *_ in found] == [
+        "sd over positions against scale",
+        "the same where the mean lies between random guess and full",
+    ]
+    for _, one, two in found:
+        assert float(one) == pytest.approx(1 / 6, abs=0.015) and float(two) == pytest.approx(1 / 3, abs=0.02)
+    assert "no one-sided p below 0.17" in text
+
+
+def test_permutation_p_of_two_lines(runs, out):
+    spreads(runs, 0.5, ["a", "b"])
+    text, _ = made(runs, out)
+    p = re.search(r"Agrees with the paper: 1, sd over positions against scale: .*? 2 of 2 falling; p = ([\d.]+) one-sided", text)
+    assert float(p[1]) == pytest.approx(1 / 36, abs=0.007)
+
+
+def test_two_rising_lines_decide_nothing(runs, out):
+    """Two-sided p = 2/36."""
+    spreads(runs, 2, ["a", "b"])
+    text, _ = made(runs, out)
+    assert re.search(r"Undecided: 1, sd over positions .* mean slope \+0.301 .* 0 of 2 falling", text) and "**Contra" not in text
+
+
+def test_contradictions_come_first(runs, out):
+    """Three rising lines: two-sided p = 2/216. The same at chance says nothing once only scales between the levels count."""
+    spreads(runs, 2, ["a", "b", "c"])
+    text = made(runs, out)[0].split("three findings")[1]
+    first, second, third = re.findall(r"- (\*\*Contradicts the paper:\*\*|Agrees with the paper:|Undecided:) (\d)", text)[:3]
+    assert first == second == ("**Contradicts the paper:**", "1") and third[0] != "**Contradicts the paper:**"
+    assert text.index("Contradicts") < text.index("Undecided")
+
+
+def test_floor_and_ceiling_are_no_evidence(runs, out):
+    for task in "abc":
+        for model, mean, sd in (("toy-tiny", 0.5, 0.001), ("toy-small", 0.7, 0.05), ("toy-base", 0.9, 0.1)):
+            line(runs, (mean,), offsets=(-sd, 0, sd), model=model, task=task)
+            full(runs, 0.9, model=model, task=task)
+    text, _ = made(runs, out)
+    assert "**Contradicts the paper:** 1, sd over positions against scale" in text
+    assert "Undecided: 1, the same where the mean lies between random guess and full: no budget of a task and family" in text
+
+
+def test_high_thresholds_that_fall_agree(runs, out):
+    """High level 0.8 - 0.012649; with the steps 0.2, 0.25 and 0.3 from 0.6 at 100 the crossings are known."""
+    for task in ("a", "b"):
+        for model, step in zip(SCALES, (0.2, 0.25, 0.3), strict=True):
+            line(runs, (0.6, 0.6 + step), offsets=(0, 0), model=model, task=task)
+            full(runs, 0.8, model=model, task=task)
+    text, _ = made(runs, out)
+    assert "| a | <= 100 [<= 100, <= 100] | 864 [864, 864] |" in text  # 10^(2 + 0.187351 / 0.2)
+    assert "| a | <= 100 [<= 100, <= 100] | 562 [562, 562] |" in text  # / 0.25
+    assert "| a | <= 100 [<= 100, <= 100] | 421 [421, 421] |" in text  # / 0.3
+    assert re.search(r"Agrees with the paper: 2, high threshold against scale: mean slope -0.156 .* 2 of 2 falling", text)
+
+
+def test_low_thresholds_of_the_tasks(runs, out):
+    """100 and 10,000 apart: more than the factor of 10; then within it. max/min of 153 and 10^(2 + 0.036777 / 0.1) = 233: 1.53."""
+    for task, means in (("early", (0.5, 0.7, 0.9, 0.9)), ("late", (0.5, 0.5, 0.5, 0.9))):
+        line(runs, means, task=task)
+    assert re.search(
+        r"Contradicts the paper:\*\* 3, low thresholds .* 0 have them within it, 1 apart .*\(toy-base\)", made(runs, out)[0]
+    )
+    near = runs.parent / "near"
+    line(near, (0.5, 0.7), offsets=(0, 0), task="early")
+    line(near, (0.5, 0.6), offsets=(0, 0), task="late")
+    text, _ = made(near, out)
+    assert re.search(r"Agrees with the paper: 3, low thresholds .* of 1 models .*, 1 have them within it, 0 apart", text)
+    assert "| toy-base | 10,000,000 | 2 | 1.53 | 0.13 | 0 | | |" in text
+
+
+def test_says_what_is_missing(runs, out):
+    for model in ("toy-tiny", "toy-small"):
+        line(runs, (0.5, 0.7, 0.9), model=model)
+        for method in ("full", "adapter", "lora", "bitfit", "prompt"):
+            put(runs, 0.9, model=model, method=method)
+    line(runs, (0.5,))
+    line(runs, (0.7,), offsets=(0,), task="u")
+    full(runs, 0.9)
+    text, _ = made(runs, out)
+    assert "- toy-base on t: no adapter, lora, bitfit, prompt" in text
+    assert "- toy-base on t: no APET at 1,000 · 10,000" in text
+    assert "- toy-base on u: 1 of 3 position seeds at 100" in text
+    assert "- toy-tiny, toy-small on u: no run" in text
+    assert "toy-tiny on t" not in text
+
+
+def test_other_runs_are_left_out_and_said(runs, out):
+    line(runs, (0.7,))
+    put(runs, 0.1, lr=0.1, budget="100", mask_seed=9)
+    put(runs, 0.1, steps=5, budget="100", mask_seed=9)
+    put(runs, 0.1, where="attention", budget="100", mask_seed=9)
+    put(runs, 0.1, method="none", lr=None)
+    put(runs, 0.1, budget="100", mask_seed=0, date="2026-01-01T00:00:00")
+    text, rows = made(runs, out)
+    assert [(r["mean"], r["runs"]) for r in rows] == [("0.7", "3")]
+    for why in ("an explicit learning rate", "nothing was trained", "run again later with the same arguments"):
+        assert f"1 left out: {why}" in text
+    assert "(t steps 5)" in text and "(t where attention)" in text
+
+
+def test_broken_files_are_named(runs, out):
+    line(runs, (0.7,))
+    (runs / "cut.json").write_text('{"score": 0.')
+    (runs / "bench.json").write_text('{"command": 1, "arguments": {}}')
+    (runs / "list.json").write_text("[1, 2]")
+    (runs / "binary.json").write_bytes(b"\xff\xfe\x00")
+    changed = json.loads((runs / "0000.json").read_text())
+    for name, score in (("nan", float("nan")), ("words", "high")):
+        (runs / f"{name}.json").write_text(json.dumps(changed | {"score": score}))
+    text, rows = made(runs, out)
+    assert "skipped cut.json: broken JSON" in text and "skipped binary.json: broken JSON" in text
+    for name in ("bench", "list", "nan", "words"):
+        assert f"skipped {name}.json: no result of apet.py" in text
+    assert [r["runs"] for r in rows] == ["3"]
+
+
+def test_structure(runs, out):
+    line(runs, (0.6, 0.7))
+    put(runs, 0.65, mask="row", mask_seed=0)
+    put(runs, 0.67, mask="row", mask_seed=1)
+    text, rows = made(runs, out)
+    assert "| model | task | budget | random | row | |---|---|---|---|---| | toy-base" in text
+    assert "| toy-base | t | 1,000 | 0.700 ± 0.020 (3) | 0.660 ± 0.014 (2) |" in text
+    assert "| t | 100 |" not in text
+    assert [r["mean"] for r in rows if r["mask"] == "row"] == ["0.66"]
+
+
+def test_readme_around_the_markers_is_kept(runs, out):
+    line(runs, (0.7,))
+    out.mkdir()
+    before, after = b"# mine\r\n\xe2\x80\x94 `<!-- report: begin -->` in a line\n\n", b"\n\ntail without a newline \xff"
+    readme = out / "README.md"
+    readme.write_bytes(before + b"<!-- report: begin -->\nold text\n<!-- report: end -->" + after)
+    made_twice = []
+    for _ in range(2):
+        assert report.main([str(runs), "--out", str(out)]) == 0
+        made_twice.append(readme.read_bytes())
+    new = made_twice[0]
+    assert new.startswith(before + b"<!-- report: begin -->\n") and new.endswith(b"<!-- report: end -->" + after)
+    assert b"old text" not in new and b"| toy-base |" in new and made_twice[1] == new
+    assert sorted(f.name for f in out.iterdir()) == [
+        "README.md",
+        "budget.png",
+        "positions.png",
+        "report.csv",
+        "scale.png",
+        "thresholds.png",
+    ]
+
+
+def test_readme_without_markers_is_appended_to(runs, out, capsys):
+    line(runs, (0.7,))
+    out.mkdir()
+    readme = out / "README.md"
+    readme.write_bytes(b"# mine")
+    made_text = made(runs, out)[0]
+    assert readme.read_bytes().startswith(b"# mine\n\n<!-- report: begin -->\n") and made_text.endswith("<!-- report: end -->")
+    half = b"a\n<!-- report: begin -->\nprecious\n"
+    readme.write_bytes(half)
+    assert report.main([str(runs), "--out", str(out)]) == 2
+    assert readme.read_bytes() == half and capsys.readouterr().err.count("\n") == 1
+
+
+def test_figures_are_pictures(runs, out):
+    for model in ("t5-small", "t5-base", "bert-base"):
+        line(runs, (0.5, 0.7, 0.9), model=model, total=SCALES["toy-tiny"] * len(model))
+        full(runs, 0.85, model=model, total=SCALES["toy-tiny"] * len(model))
+    text, _ = made(runs, out)
+    names = {f"{kind}-{kin}.png" for kind in ("scale", "positions", "budget", "thresholds") for kin in ("t5", "bert")}
+    assert {f.name for f in out.glob("*.png")} == names
+    for name in names:
+        picture = matplotlib.image.imread(out / name)
+        assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02 and (out / name).stat().st_size < 150_000
+        assert f"]({name})" in text
+
+
+@pytest.mark.parametrize("what", ["full alone", "lora alone", "other mask alone"])
+def test_partial_folders(runs, out, what):
+    if what == "other mask alone":
+        put(runs, 0.6, mask="row")
+    else:
+        put(runs, 0.9, method=what.split()[0])
+    text, rows = made(runs, out)
+    assert len(rows) == 1 and "Nothing to show." in text and "Undecided: 2, " in text
+
+
+def test_nothing_to_read(tmp_path, out, capsys):
+    (tmp_path / "empty").mkdir()
+    put(tmp_path / "rate", 0.6, lr=0.1)
+    for name in ("empty", "absent", "rate"):
+        assert report.main([str(tmp_path / name), "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and name in error
+    assert not out.exists()
