@@ -165,6 +165,8 @@ def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
         return "embed" in owners[id(params[n])] + n.lower() and not is_norm(n) and not re.search(ATTENTION, n, re.I)
 
     layers = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", str(where))
+    if not where:
+        raise UserError(f"where is empty; one of {', '.join(WHERE)}, layers:0-3 or a regular expression")
     if where == "all":
         found = list(params)
     elif where == "norm":
@@ -1011,7 +1013,11 @@ def find_words(splits: dict[str, list[dict]], label: str) -> tuple[str, ...]:
     values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row.get(label) is not None]
     if not values or isinstance(values[0], list):
         return ()
-    kinds = sorted({str(v) for v in values}, key=lambda v: (not v.isdigit(), int(v) if v.isdigit() else 0, v))
+    kinds = sorted({str(v) for v in values}, key=lambda v: (not v.isdecimal(), len(v) * v.isdecimal(), v))
+    if len(kinds) == 1:
+        raise UserError(
+            f"the column {label!r} holds one value only ({kinds[0][:50]!r}): there is nothing to learn; --label-field NAME"
+        )
     return tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(values) // 4)) else ()
 
 
@@ -1079,7 +1085,7 @@ def read_local(path: str) -> tuple[dict[str, list[dict]], dict, dict]:
     for split, file in files.items():
         try:
             rows = READERS[os.path.splitext(file)[1]](file)
-        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as e:
+        except (ValueError, RecursionError, csv.Error, OSError) as e:
             raise UserError(f"can't read {file}: {e}") from None
         if not rows:
             raise UserError(f"{file} is empty: the split {split} has no rows")
@@ -1133,11 +1139,12 @@ def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tu
             out.append(Example(texts, source, answers[0], -1, answers))
             continue
         try:
-            index = words.index(str(target)) if str(target) in words else int(target)
-            if not 0 <= index < len(words):
+            index = words.index(str(target)) if str(target) in words else float(target)
+            if index not in range(len(words)):
                 raise ValueError
         except (ValueError, TypeError):
             raise UserError(f"{where}, row {number}: the label {target!r} is none of {', '.join(words)}") from None
+        index = int(index)
         out.append(Example(texts, source, words[index], index, (words[index],)))
     return out
 
@@ -1860,6 +1867,12 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"{args.load} is no delta of apet.py")
         args.method, args.insert = [about.get("method", "apet")], list(filter(None, about.get("insert", "").split(",")))
         args.pool = about.get("pool", "cls")
+    if args.save and (os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
+        raise UserError(f"--save {args.save}: a file in a folder that is there, please")
+    if args.export and os.path.exists(args.export) and not os.path.isdir(args.export):
+        raise UserError(f"--export {args.export}: a folder, not a file, please")
+    if args.export and (odd := {"adapter", "prompt"} & {*args.method, *args.insert}):
+        raise UserError(f"--export: a plain checkpoint has no place for {', '.join(odd)}; the delta (--save) holds it")
     if args.export and args.pool == "mean":
         raise UserError("--export: a plain checkpoint can't say that the head reads the mean; the delta (--save) does")
     return args
@@ -2084,8 +2097,14 @@ def run(argv: list[str] | None = None) -> None:
     for cell in todo:
         file = os.path.join(args.out, f"{cell.name}.json")
         if args.resume and os.path.exists(file):
-            with open(file, encoding="utf-8") as f:
-                done[cell.name] = json.load(f)
+            try:
+                with open(file, encoding="utf-8") as f:
+                    done[cell.name] = json.load(f)
+                done[cell.name]["score"] + 0.0
+            except (ValueError, KeyError, TypeError, OSError):
+                raise UserError(
+                    f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume"
+                ) from None
     data = load_task(args)
     if len(done) < len(todo):
         say(f"loading {args.model}")

@@ -4,7 +4,9 @@ import csv
 import importlib.metadata
 import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,8 +349,66 @@ WRONG = {
     "folder": (["--task", "{tmp}/folder"], "holds no train, validation or test file"),
     "few": (["--task", "{tmp}/few.jsonl"], "too few to hold some out"),
     "foreign label": (["--task", "{tmp}/foreign"], "row 1: the label 'sad' is none of bad, good"),
+    "budget empty": (["--budget", ""], "--budget: empty entry"),
+    "budget nan": (["--budget", "nan"], "whole number from 1"),
+    "budget infinite": (["--budget", "1e400"], "whole number from 1"),
+    "budget fraction": (["--budget", "1e-3"], "whole number from 1"),
+    "budget 0%": (["--budget", "0%"], "above 0% and at most 100%"),
+    "budget 200%": (["--budget", "200%"], "above 0% and at most 100%"),
+    "budget share": (["--budget", "0.000001%"], "whole number from 1"),
+    "budget method": (["--budget", "full"], "must be a number such as"),
+    "budget space": (["--budget", "1 000"], "must be a number such as"),
+    "where regex": (["--where", "("], "no regular expression"),
+    "where empty": (["--where", ""], "where is empty"),
+    "where layers": (["--where", "layers:77"], "names no parameter"),
+    "insert": (["--insert", "full"], "unknown method to insert 'full'"),
+    "lr nan": (["--lr", "nan"], "--lr must be a number above 0"),
+    "seed list": (["--mask-seed", "0,,1"], "--mask-seed: empty entry"),
+    "seed large": (["--seed", "1e12"], "a seed must be a whole number"),
+    "evaluation": (["--eval-every", "0"], "--eval-every must be a whole number"),
+    "train size": (["--train-size", "0"], "--train-size must be a whole number"),
+    "eval size": (["--eval-size", "many"], "--eval-size must be a number"),
+    "source length": (["--max-source-length", "4"], "--max-source-length must be at least 8"),
+    "target length": (["--max-target-length", "1"], "--max-target-length at least 2"),
+    "dtype": (["--dtype", "int8"], None),
+    "device map": (["--device-map", "nonsense"], "found nonsense"),
+    "argument": (["more"], None),
+    "task empty": (["--task", ""], "unknown task ''"),
+    "task gone": (["--task", "{tmp}/gone.jsonl"], "unknown task"),
+    "task trick": (["--task", "toy-sentiment/../../x"], "unknown task"),
+    "model empty": (["--model", ""], "unknown model ''"),
+    "model file": (["--model", "{tmp}/text.jsonl"], "unknown model"),
+    "model folder": (["--model", "{tmp}/folder"], "can't load the model"),
+    "model pickle": (["--model", "{tmp}/pickled"], "can't load the model"),
+    "model cut": (["--model", "{tmp}/cut"], "can't load the model"),
+    "load folder": (["--load", "{tmp}"], "there is no file"),
+    "load pickle": (["--load", "{tmp}/pickled/pytorch_model.bin"], "is not a safetensors file"),
+    "nested": (["--task", "{tmp}/nested.jsonl"], "can't read"),
+    "digits": (["--task", "{tmp}/digits.jsonl"], "can't read"),
+    "zeros": (["--task", "{tmp}/zeros.jsonl"], "can't read"),
+    "utf-16": (["--task", "{tmp}/utf16.jsonl"], "can't read"),
+    "parquet": (["--task", "{tmp}/text.parquet"], "can't read"),
+    "no header": (["--task", "{tmp}/headless.csv"], "which column is the label? --label-field NAME; there are a, good"),
+    "blank": (["--task", "{tmp}/blank.jsonl"], "0 training examples are too few"),
+    "one label": (["--task", "{tmp}/one.jsonl"], "holds one value only ('bad')"),
+    "label between": (["--task", "{tmp}/between"], "row 1: the label 0.5 is none of bad, good"),
+    "save nowhere": (["--save", "{tmp}/none/x.safetensors"], "a file in a folder that is there"),
+    "save folder": (["--save", "{tmp}"], "a file in a folder that is there"),
+    "export file": (["--export", "{tmp}/text.jsonl"], "a folder, not a file"),
+    "export adapter": (["--method", "adapter", "--export", "{tmp}/model"], "no place for adapter"),
+    "broken result": (["--method", "none", "--out", "{tmp}/old"], "is no result of apet.py, or a broken one"),
     "out": (["--out", "{tmp}/text.jsonl/x"], "can't make the folder"),
 }
+
+
+class Opened:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -365,7 +425,27 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, capsy
         (tmp_path / folder).mkdir()
     (tmp_path / "foreign/train.jsonl").write_text(text)
     (tmp_path / "foreign/test.jsonl").write_text(json.dumps({"text": "x", "label": "sad"}) + "\n")
+    (tmp_path / "between").mkdir()
+    (tmp_path / "between/train.jsonl").write_text(text)
+    (tmp_path / "between/test.jsonl").write_text(json.dumps({"text": "x", "label": 0.5}) + "\n")
+    for name, content in (
+        ("nested.jsonl", "[" * 100_000), ("digits.jsonl", '{"text": "x", "label": ' + "9" * 5000 + "}"), ("zeros.jsonl", "\0" * 50),
+        ("text.parquet", text), ("headless.csv", "a,good\nb,bad\n" * 20), ("blank.jsonl", re.sub("text [0-9]+", " ", text)),
+        ("one.jsonl", text.replace("good", "bad")),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+    (tmp_path / "utf16.jsonl").write_bytes(text.encode("utf-16"))
+    weights = (TOY / "models/tiny/model.safetensors").read_bytes()
+    trap = pickle.dumps(Opened(str(tmp_path / "opened")), protocol=2)
+    for name, file, content in (("cut", "model.safetensors", weights[:5000]), ("pickled", "pytorch_model.bin", trap)):
+        shutil.copytree(TOY / "models/tiny", tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        (tmp_path / name / file).write_bytes(content)
     argv, message = WRONG[case]
+    if case == "broken result":
+        (cell,) = apet.cells(apet.settle(apet.parser().parse_args([*SMALL, "--method", "none", "--out", str(tmp_path / "old")])))
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / f"{cell.name}.json").write_text('{"score": ')
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     out = [] if "--out" in argv else ["--out", str(tmp_path / "out")]
     try:
@@ -378,6 +458,7 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, capsy
         assert message in error[-1] and error[-1].startswith("apet: error: ") and not any("Traceback" in line for line in error)
         assert [line for line in error if not line.startswith("loading ")] == error[-1:]
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "opened").exists(), "a pickle was executed"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_without_a_result(tmp_path, capsys):
