@@ -860,10 +860,16 @@ def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def write_file(file: str | os.PathLike, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename."""
+    """Write under a temporary name in the same folder, then rename; what a process that was killed here left is removed."""
     folder, name = os.path.split(os.path.abspath(file))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    mine = f".{name}.{platform.node()}-"
+    temporary = os.path.join(folder, f"{mine}{os.getpid()}.tmp")
     try:
+        for other in os.listdir(folder):
+            number = other.removeprefix(mine).removesuffix(".tmp")
+            if other.startswith(mine) and number.isdecimal() and not is_running(int(number)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, other))
         with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
@@ -874,6 +880,16 @@ def write_file(file: str | os.PathLike, content: bytes) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1357,7 +1373,6 @@ class Coder:
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
         self.seen: dict[tuple[str, ...] | str, list[int]] = {}
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.positions = False  # see `for_model`
 
     def source(self, example: Example) -> list[int]:
         """Too long a text is cut at its end, not the closing `Output:`."""
@@ -1991,7 +2006,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             if args.export:
                 export(model, coder, args.export)
             write_file(f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
-            if os.path.exists(f"{file}.state"):
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{file}.state")
         return result
     finally:

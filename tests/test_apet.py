@@ -4,11 +4,14 @@ import copy
 import gc
 import json
 import math
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS, batch_for, build
+from conftest import MODELS, ROOT, batch_for, build
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -306,3 +309,42 @@ def test_hugging_face_trainer_trains_it(tmp_path):
         assert model(**batch).loss.item() < 0.7 * loss and math.isfinite(loss)
     apet.restore()
     assert same(before, bits(model))
+
+
+USE = """
+import os
+from typing import assert_type
+
+import torch
+
+from apet import APET, UserError, auto_lr, select_positions
+
+
+def use(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[dict[str, torch.Tensor]]) -> None:
+    positions = select_positions(model, "0.1%", mask="gradient", seed=1, where="layers:0-3", batches=batches)
+    assert_type(positions, dict[str, torch.Tensor])
+    for apet in (APET(model, budget=10_000), APET(model, None, mask=positions, backend="hook"), APET.load(model, "x.safetensors")):
+        assert_type(apet, APET)
+        assert_type(apet.values, torch.nn.Parameter)
+        assert_type(apet.positions, dict[str, torch.Tensor])
+        torch.optim.AdamW([apet.values], lr=auto_lr("apet", apet.values.numel(), "seq2seq"))
+        apet.attach(optimizer)
+        assert_type(apet.write(), None)
+        apet.save("x.safetensors")
+        apet.restore()
+        apet.remove()
+    assert issubclass(UserError, ValueError)
+"""
+MISUSE = ("APET(model, budget=[1])", "APET('t5-small', 10)", "APET(model, 10).save(3)", "select_positions(model, 10, sead=1)")
+
+
+def test_a_type_checker_knows_the_public_surface(tmp_path):
+    def check(source):
+        (tmp_path / "use.py").write_text(source)
+        ty = [Path(sys.executable).parent / "ty", "check", "--python", sys.prefix, "--extra-search-path", ROOT, tmp_path / "use.py"]
+        return subprocess.run(ty, capture_output=True, text=True, cwd=tmp_path)
+
+    fine = check(USE)
+    assert fine.returncode == 0, fine.stdout + fine.stderr
+    for line in MISUSE:
+        assert check(f"{USE}\n\ndef misuse(model: torch.nn.Module) -> None:\n    {line}\n").returncode == 1, line

@@ -1,16 +1,19 @@
 """The command line, run for real on the toy family: results, sweeps, interruption, wrong input, several processes."""
 
 import csv
+import errno
 import importlib.metadata
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,19 +140,105 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, method, how):
     assert not list(states.glob("*.state")) and not list(states.glob(".*"))
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
-    argv = [*SMALL, "--budget", "1e3", "--grad-accum", "2", "--batch-size", "7"]  # ragged: 7 over 2 ranks of 2 micro-batches
+def test_twenty_kills_at_random_moments_lose_nothing_and_break_nothing(tmp_path):
+    """Each attempt is a fork of this process, which has imported everything; writing is slow, so that kills meet it often."""
+    sweep = [*SMALL, "--budget", "1e2,1e3", "--mask-seed", "0,1", "--eval-every", "1", "--out"]
+    assert apet.main([*sweep, str(tmp_path / "whole")]) == 0
+    out, moments, finished, met = tmp_path / "killed", random.Random(0), {}, 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            os.fsync = lambda fd: time.sleep(0.03)
+            apet.main([*sweep, str(out)])
+            os._exit(0)
+        time.sleep(moments.uniform(0.02, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        met += bool(list(out.glob(".*.tmp")))
+        for file in out.glob("*.json"):
+            assert numbers(json.loads(file.read_text())) == numbers(results(tmp_path / "whole")[file.stem])
+            assert finished.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
+        assert all(f.exists() for f in finished)
+        for file in (*out.glob("*.safetensors"), *out.glob("*.state")):
+            assert load_file(file)
+    assert met > 3, "too few kills met a write"
+    assert apet.main([*sweep, str(out)]) == 0
+    assert {n: numbers(r) for n, r in results(out).items()} == {n: numbers(r) for n, r in results(tmp_path / "whole").items()}
+    for name in results(out):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (out, tmp_path / "whole"))
+        assert all(torch.equal(a[n], b[n]) for n in b)
+    assert {f.suffix for f in out.iterdir()} == {".json", ".safetensors"}  # no state, nothing temporary
+
+
+def test_two_processes_in_one_folder_do_not_disturb_each_other(tmp_path):
+    sweep = [*SMALL, "--budget", "1e2,1e3", "--mask-seed", "0,1", "--eval-every", "1", "--out"]
+    assert apet.main([*sweep, str(tmp_path / "alone")]) == 0
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os._exit(apet.main([*sweep, str(tmp_path / "both")]))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert {n: numbers(r) for n, r in results(tmp_path / "both").items()} == {
+        n: numbers(r) for n, r in results(tmp_path / "alone").items()
+    }
+    assert {f.suffix for f in (tmp_path / "both").iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert apet.main([*SMALL, "--budget", "100", "--eval-every", "6", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def torchrun(processes, *argv):
+    line, environment = command(*argv)
+    line[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return line, environment
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_train_as_one_with_the_same_global_batch(tmp_path, processes):
+    argv = [*SMALL, "--budget", "1e3", "--grad-accum", "2", "--batch-size", "7"]  # ragged: 7 over 2 or 3 ranks of 2 micro-batches
     run(*argv, out=tmp_path / "one")
-    line, environment = command(*argv, "--out", tmp_path / "two")
-    line[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line, environment = torchrun(processes, *argv, "--out", tmp_path / "two")
     subprocess.run(line, env=environment, capture_output=True, check=True)
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
-    assert two["processes"] == 2
+    assert two["processes"] == processes
     assert two["loss_curve"] == pytest.approx(one["loss_curve"], rel=1e-4) and two["score"] == pytest.approx(one["score"], abs=0.04)
     a, b = (load_file(next((tmp_path / x).glob("*.safetensors"))) for x in ("one", "two"))
     assert torch.equal(a["indices"], b["indices"])
     # Adam divides by a gradient's own size: the few whose gradient is rounding noise may step either way
     assert (a["values"] - b["values"]).abs().gt(1e-4).float().mean() < 0.02
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
+    argv = [
+        "--model",
+        "toy-tiny",
+        "--budget",
+        "100",
+        "--steps",
+        "100000",
+        "--eval-every",
+        "5",
+        "--train-size",
+        "64",
+        "--eval-size",
+        "8",
+    ]
+    line, environment = torchrun(2, *argv, "--out", tmp_path)
+    run = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not list(tmp_path.glob("*.state")):
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    assert run.wait(60) != 0 and "Signal 9 (SIGKILL)" in run.stderr.read()
+    assert not list(tmp_path.glob("*.json")) and not any(Path(f"/proc/{r}").exists() for r in ranks)
 
 
 @pytest.mark.parametrize("task", ["inference", "paraphrase", "qa", "summary"])
