@@ -1605,16 +1605,16 @@ def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter]
 
 
 def auto_lr(method: str, budget: int, family: str) -> float:
-    """AdamW's rate, after sweeps on the toy family (results/README.md).
+    """AdamW's rate, after sweeps on the toy family and a real model (results/README.md).
 
-    Fewer scalars need a much larger rate (as Xu & Zhang, ICML 2024, found, who use 1e-2 at 0.01 % of a model). The rest are
-    the authors' rates: 3e-4 for T5 and 1e-4 for others, 3e-2 for prompts; new modules get ten times as much.
+    APET: 1.5e-2 at 10,000 scalars, and much more for fewer (Xu & Zhang, ICML 2024, use 1e-2 at 0.01 % of a model), between
+    0.1 and full fine-tuning's rate, which is what a budget of everything needs. Full fine-tuning and prompts: the authors'
+    rates. Other new modules: 1e-3; the authors' 3e-4 (T5) and 1e-4 need more steps.
     """
+    full = 3e-4 if family == "seq2seq" else 1e-4
     if method == "apet":
-        return min(1e-1, max(1e-3, 1.5e-2 * (1e4 / budget) ** 0.5))
-    if method == "prompt":
-        return 3e-2
-    return (3e-4 if family == "seq2seq" else 1e-4) * (1 if method == "full" else 10)
+        return min(1e-1, max(full, 1.5e-2 * (1e4 / budget) ** 0.75))
+    return {"full": full, "prompt": 3e-2}.get(method, 1e-3)
 
 
 HEAD_LR = 1e-3  # a new layer of a few hundred weights

@@ -9,12 +9,12 @@
 #   --experiments A,B   of full, methods, position, budget, structure (default: all)
 #   --models A,B        (default: all of the table below)
 #   --tasks A,B         (default: all)
-#   --seeds N           position seeds (default: 10 for position, 3 for budget and structure; offline 5, 3, 1)
+#   --seeds N           position seeds (default: 10 for position, 3 for budget and structure; offline 5, 2, 1)
 #   --jobs N            commands at a time without --gpus (default: 1; offline: the number of cores)
 #   --out DIR           results, logs in DIR/logs (default: results/grid; offline: results/offline)
 #
 # Start the same command again to continue: what is done is skipped, a run that was interrupted goes on where it was. A command
-# that fails is named at the end and in the exit status, and stops no other. Then: python results/report.py DIR
+# that fails is named at the end and in the exit status, and stops no other. Then: python results/report.py DIR --out DIR
 set -euo pipefail
 
 # Models: name, cost of a step (relative; for the time left), exponent of the largest budget.
@@ -67,7 +67,7 @@ cd "$(dirname "$0")"
 if [[ -n $offline ]]; then
     table=$toy known_tasks=$toy_tasks out=${out:-results/offline} jobs=${jobs:-$(getconf _NPROCESSORS_ONLN)}
     export OMP_NUM_THREADS=1 # one thread a command: the same numbers on any number of cores
-    more=" --steps 300 --eval-every 100"
+    more=" --steps 200 --eval-every 100"
 else
     table=$paper known_tasks=$paper_tasks out=${out:-results/grid} jobs=${jobs:-1}
 fi
@@ -103,7 +103,7 @@ flags() { # of experiment $1 for a model whose largest budget is 1e$2
     yes-full) echo "--method full --seed 0,1" ;;
     yes-methods) echo "--method adapter,lora,bitfit,prompt" ;;
     yes-position) echo "--budget 1e3,1e4 --mask-seed $(upto "${seeds:-5}")" ;; # on the toy, PET's own budgets lie around 1e4
-    yes-budget) echo "--budget 1e1,1e2$( (($2 < 5)) || echo ,1e5) --mask-seed $(upto "${seeds:-3}")" ;; # the others are in "position"
+    yes-budget) echo "--budget 1e1,1e2$( (($2 < 5)) || echo ,1e5) --mask-seed $(upto "${seeds:-2}")" ;; # the others are in "position"
     yes-structure) echo "$masks --mask-seed $(upto "${seeds:-1}")" ;;
     esac
 }
@@ -208,5 +208,5 @@ if [[ -e $claims/failed ]]; then
     done <"$claims/failed"
 fi
 rm -rf "$claims"
-echo "results in $out; tables and figures: python results/report.py $out"
+echo "results in $out; tables and figures: python results/report.py $out --out $out"
 exit $status
