@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt
 from PIL import Image  # comes with matplotlib
 
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
-METHODS = ("full", "adapter", "lora", "bitfit", "prompt")
+METHODS, HEAD = ("full", "adapter", "lora", "bitfit", "prompt"), "head alone"  # the last: method none of an encoder
 SETTING = (
     "steps", "batch_size", "grad_accum", "train_size", "eval_size", "eval_every", "pool", "dropout", "max_source_length",
     "max_target_length", "dtype", "freeze_head", "text_fields", "label_field",
@@ -173,8 +173,11 @@ def choose(results: list[dict]) -> tuple[list[dict], list[str]]:
         notes.extend([f"{len(runs) - len(out)} left out: {why}"] * (len(out) < len(runs)))
         return out
 
-    runs = keep(results, lambda r: r["arguments"]["method"] != "none" and not r["arguments"].get("load"), "nothing was trained")
-    runs = keep(runs, lambda r: r["arguments"]["lr"] == "auto", "an explicit learning rate")
+    def trained(r: dict) -> bool:
+        return not r["arguments"].get("load") and (r["arguments"]["method"] != "none" or r.get("head_trained", False))
+
+    runs = keep(results, trained, "nothing was trained")
+    runs = keep(runs, lambda r: r["arguments"]["lr"] in ("auto", None), "an explicit learning rate")
     for names, wanted in ((SETTING, lambda a: True), (("where", "insert"), lambda a: a["method"] == "apet")):
         counts = Counter((r["arguments"]["task"], setting(r["arguments"], names)) for r in runs if wanted(r["arguments"]))
         most = dict(reversed([key for key, _ in counts.most_common()]))
@@ -445,7 +448,9 @@ def report(runs: list[dict], groups: list[Group], found: dict, notes: list[str],
     main = [g for g in groups if g.mask in (None, "random")]
     apet = [g for g in main if g.method == "apet"]
     methods = by_task(
-        main, lambda g: f"APET, {g.label}" if g.method == "apet" else g.method, [*METHODS, *(f"APET, {x}" for x in compared(main))]
+        main,
+        lambda g: f"APET, {g.label}" if g.method == "apet" else HEAD if g.method == "none" else g.method,
+        [*METHODS, HEAD, *(f"APET, {x}" for x in compared(main))],
     )
     cells = {(g.model, g.task, g.budget, g.mask): g for g in groups if g.method == "apet"}
     masks = unique(["random", *sorted({key[3] for key in cells})])
@@ -592,6 +597,8 @@ def draw(main: list[Group], found: dict[tuple, Threshold], out: Path, suffix: st
                     )
                 if full:
                     ax.axhline(full[0].scores.mean(), color=COLOURS[i % 7], linestyle=LINES[i % 5], linewidth=0.8)
+                for head in [g for g in main if g.method == "none" and g[:3] == (*model, task)]:
+                    ax.axhline(head.scores.mean(), color="0.4", linestyle="-.", linewidth=0.8, label=HEAD)
             ax.axhline(next(g.guess for g in main if g.task == task), linestyle=":", color="0.4", label="random guess")
         names.append(finish(figure, out / f"budget{suffix}.png"))
     usable = [(k, t) for k, t in found.items() if t.mark in ("", "<=", ">") and k[:2] in models]

@@ -236,6 +236,16 @@ def test_says_what_is_missing(runs, out):
     assert "toy-tiny on t" not in text
 
 
+def test_a_head_trained_alone_stands_beside_the_methods(runs, out):
+    line(runs, (0.7,))
+    put(runs, 0.61, method="none", lr=None)
+    file = max(runs.iterdir())
+    file.write_text(file.read_text().replace('"score"', '"head_trained": true, "score"'))
+    text, rows = made(runs, out)
+    assert [r["mean"] for r in rows if r["method"] == "none"] == ["0.61"]
+    assert "head alone" in text and "0.610" in text and "nothing was trained" not in text
+
+
 def test_other_runs_are_left_out_and_said(runs, out):
     line(runs, (0.7,))
     put(runs, 0.1, lr=0.1, budget="100", mask_seed=9)
