@@ -1264,7 +1264,7 @@ def hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3).close()
+        urllib.request.urlopen(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3).close()  # what is needed, not the front page
     except urllib.error.HTTPError as e:
         constants.HF_HUB_OFFLINE = e.code >= 500  # which would be asked again for minutes; 404 and the like are answers
     except (OSError, ValueError, http.client.HTTPException):
