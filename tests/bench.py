@@ -164,7 +164,7 @@ def peft_row(model: torch.nn.Module, label: str, config: object) -> Tuned:
 
 def saved_bytes(row: Frozen, batch: dict) -> int:
     """Bytes that autograd keeps for backward, each storage once, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in row.model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in row.model.parameters()}  # an address that meta tensors have, too
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -172,8 +172,8 @@ def saved_bytes(row: Frozen, batch: dict) -> int:
             seen[id(t)] = sum(x.untyped_storage().nbytes() for x in (t._indices(), t._values()))
             return t
         s = t.untyped_storage()
-        if s.data_ptr() not in weights:
-            seen[s.data_ptr()] = s.nbytes()
+        if s._cdata not in weights:
+            seen[s._cdata] = s.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -205,6 +205,31 @@ def measure(row: Frozen, batch: dict, device: str) -> dict:
     return fact
 
 
+def memory_table(batch: int, source: int, target: int) -> None:
+    """Bytes by shape in bf16, on the meta device: weights, what backward needs, and the GPU on which training fits.
+
+    APET adds at most 64 bytes a scalar to the frozen model's; full fine-tuning 16 a parameter: an fp32 copy of the weights, its
+    gradient and two moments. With checkpointing, one block's activations exist at a time. A GPU fits if a tenth of what is
+    needed and 1 GB are left.
+    """
+    print(f"bf16, {batch} x {source} source and {target} target tokens; GB")
+    print(f"{'shape':10}{'weights':>9}{'saved':>8}{'ckpt.':>8}   {'APET 1e4, and with ckpt.':28}full, and with ckpt.")
+    for shape, (_, _, layers, _, _) in T5.items():
+        model = build(shape, torch.bfloat16, "meta", None)
+        rows = [Frozen(model), Frozen(twin(model))]
+        checkpointing(rows[1].model)
+        data = {n: torch.zeros(batch, k, dtype=torch.long, device="meta") for n, k in (("input_ids", source), ("labels", target))}
+        saved, kept = (saved_bytes(row, data) / 1e9 for row in rows)
+        count = sum(p.numel() for p in model.parameters())
+        cells = []
+        for extra in (10_000 * 64, count * 16):
+            for activations in (saved, kept + saved / (2 * layers)):
+                need = (2 * count + extra) / 1e9 + activations
+                card = next((f"{c} GB" for c in (16, 24, 40, 80) if 1.1 * need + 1 < c), "more")
+                cells.append(f"{need:.1f} ({card})")
+        print(f"{shape:10}{2 * count / 1e9:9.2f}{saved:8.2f}{kept:8.2f}   {', '.join(cells[:2]):28}{', '.join(cells[2:])}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=T5, default="t5-base")
@@ -220,8 +245,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each method is set up anew in each")
     parser.add_argument("--pairs", type=int, default=4, help="timed steps of the bound and of the method, in a round")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="no timing: what fits on which GPU, by arithmetic")
     parser.add_argument("--name", help="of the JSON file; default: from the shape")
     args = parser.parse_args()
+    if args.memory:
+        return memory_table(args.batch, args.source, args.target)
     torch.manual_seed(0)
     model = build(args.shape, DTYPES[args.dtype], args.device, args.layers)
     if args.checkpointing:
