@@ -87,7 +87,10 @@ among model "$models" "$known_models"
 among task "$tasks" "$known_tasks"
 
 # The commands.
-upto() { seq -s, 0 $(($1 - 1)); }
+upto() { # 0,1,... below $1
+    printf 0
+    for ((e = 1; e < $1; e++)); do printf ',%d' "$e"; done
+}
 ten_to() { # 1e1,1e2,... up to 1e$1
     printf '1e1'
     for ((e = 2; e <= $1; e++)); do printf ',1e%d' "$e"; done
