@@ -934,6 +934,7 @@ TASKS = {
     "toy-summary": Task(f"{TOY}/tasks/summary", None, ("document",), "summary", (), "rouge", TVT),
 }
 HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error of 1.6 points at most, at little cost
+NO_LABEL = (None, "", [], -1, "-1")  # -1 is how the hub says that a row has none
 FOUND_LABELS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
 
 
@@ -973,8 +974,6 @@ def load_task(args: argparse.Namespace) -> Data:
         task = task._replace(label=args.label_field, words=None, metric="")
     local = os.path.exists(task.source) or task.source.startswith(TOY)
     splits, hub_words, about = read_local(task.source) if local else read_hub(task)
-    if "train" not in splits and args.load is None and args.method != ["none"]:
-        raise UserError(f"{task.source} has no training split (it has {', '.join(splits)})")
     first = next(iter(splits.values()))[0]
     label = task.label or next((name for name in FOUND_LABELS if name in first), None)
     if label is None:
@@ -1014,6 +1013,8 @@ def load_task(args: argparse.Namespace) -> Data:
     select = made[select_from] if select_from else []
     if not select and train:
         select, train = hold_out(train)
+    if not train and args.load is None and args.method != ["none"]:
+        raise UserError(f"{task.source} has no training split with usable rows (it has {', '.join(splits)})")
     about |= {"report": report_from or "held out of train", "select": select_from or "held out of train"}
     train, select, report = (
         some(train, args.train_size)[0],
@@ -1026,7 +1027,7 @@ def load_task(args: argparse.Namespace) -> Data:
 
 def find_words(splits: dict[str, list[dict]], label: str) -> tuple[str, ...]:
     """Few distinct values are labels, in alphabetical order (numbers: in theirs); else (): a text is to be written."""
-    values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row.get(label) is not None]
+    values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row.get(label) not in NO_LABEL]
     if not values or isinstance(values[0], list):
         return ()
     kinds = sorted({str(v) for v in values}, key=lambda v: (not v.isdecimal(), len(v) * v.isdecimal(), v))
@@ -1116,12 +1117,12 @@ def read_local(path: str) -> tuple[dict[str, list[dict]], dict, dict]:
 
 
 def read_jsonl(file: str) -> list[dict]:
-    with open(file, encoding="utf-8") as f:
+    with open(file, encoding="utf-8-sig") as f:
         return [json.loads(line) for line in f if line.strip()]
 
 
 def read_table(file: str) -> list[dict]:
-    with open(file, encoding="utf-8", newline="") as f:
+    with open(file, encoding="utf-8-sig", newline="") as f:
         return list(csv.DictReader(f, delimiter="\t" if file.endswith(".tsv") else ","))
 
 
@@ -1145,8 +1146,7 @@ def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tu
     for number, row in enumerate(rows, 1):
         values = [row.get(name) for name in fields]
         target = row.get(label)
-        # -1 is how the hub says that a row has no label
-        if any(v is None or not str(v).strip() for v in values) or target in (None, "", [], -1):
+        if any(v is None or not str(v).strip() for v in values) or target in NO_LABEL:
             continue
         texts = tuple(map(str, values))
         source = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(texts) > 1 else texts[0]
@@ -1281,6 +1281,20 @@ def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
     return f"can't load {what} {name}: {' '.join(str(cause or error).split())[:300]}"
 
 
+def folder_revision(folder: str) -> str:
+    """Of a local model: from the sizes and the ends of its files, as reading all of a large one takes minutes."""
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((".json", ".safetensors", ".bin", ".model")):
+            with open(os.path.join(folder, name), "rb") as f:
+                size = f.seek(0, os.SEEK_END)
+                digest.update(f"{name} {size} ".encode())
+                for start in (0, max(0, size - (1 << 20))):
+                    f.seek(start)
+                    digest.update(f.read(1 << 20))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def family_of(config: object) -> str:
     """seq2seq (T5), encoder (BERT: a classification head is added) or causal (BLOOM)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
@@ -1322,12 +1336,24 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         model.to(args.device)
     if args.pool == "mean":
         pool_mean(model)
+    longest, prompt = getattr(config, "max_position_embeddings", None), "prompt" in (*args.method, *args.insert)
+    if family == "encoder" and longest and args.max_source_length + prompt * PROMPT_TOKENS > longest:
+        room = longest - prompt * PROMPT_TOKENS
+        raise UserError(
+            f"{args.model} reads {longest} tokens at most{', 100 of them the prompt' * prompt}: --max-source-length {room}"
+        )
+    if args.export and "bitfit" in args.method and not own_biases(base_of(model)):
+        raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
     cached = None if os.path.isdir(path) else try_to_load_from_cache(path, "config.json")
     found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
     return (
         model.train(),
         tokenizer,
-        {"path": args.model if os.path.isdir(path) else path, "revision": found[1] if found else "local", "family": family},
+        {
+            "path": args.model if os.path.isdir(path) else path,
+            "revision": found[1] if found else folder_revision(path) if os.path.isdir(path) else "?",
+            "family": family,
+        },
     )
 
 
@@ -1639,14 +1665,17 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
 
 
-def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argparse.Namespace, state_file: str) -> dict:
+def train(
+    model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argparse.Namespace, lr: float, state_file: str, revision: str
+) -> dict:
     """Train, keep the parameters that score best on data.select, and leave them in the model. Returns the run's record.
 
+    state_file: where an interrupted run goes on, if it was one on the same `revision` of model and data.
     The record: loss (mean per target token) and evaluation curves, best step, seconds, milliseconds a step, tokens a second.
     Raises UserError when the loss is not finite, Interrupted (state saved) on SIGINT or SIGTERM.
     """
     rank, world = ranks()
-    groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": args.lr}]
+    groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": lr}]
     groups += [{"params": [p for n, p in tuned.params.items() if n in tuned.head], "lr": HEAD_LR}]
     groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull to 0, not to the pretrained weights
@@ -1668,13 +1697,10 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
             tensors = {f"p.{n}": p.detach() for n, p in tuned.params.items()} | {f"b.{n}": t for n, t in best.items()}
             for i, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"o.{i}.{n}": t for n, t in state.items()}
-            tensors["rng"] = torch.get_rng_state()
-            if torch.cuda.is_available():
-                tensors["rng.cuda"] = torch.cuda.get_rng_state()
-            save_tensors(tensors, state_file, {"record": json.dumps(record)})
+            save_tensors(tensors, state_file, {"record": json.dumps(record), "revision": revision})
 
-    if args.resume and os.path.exists(state_file):
-        tensors, about = load_tensors(state_file)
+    tensors, about = load_tensors(state_file) if args.resume and os.path.exists(state_file) else ({}, {})
+    if about.get("revision") == revision:
         record = json.loads(about["record"])
         with torch.no_grad():
             for name, p in tuned.params.items():
@@ -1686,9 +1712,6 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
                 _, i, name = key.split(".")
                 blank["state"].setdefault(int(i), {})[name] = t
         optimizer.load_state_dict(blank)
-        torch.set_rng_state(tensors["rng"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
         tuned.write()
         say(f"continuing at step {record['step']}")
     else:
@@ -1706,6 +1729,7 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
     try:
         while record["step"] < args.steps:
             start = time.perf_counter()
+            torch.manual_seed((args.seed * 1_000_003 + record["step"]) * 1_009 + rank)  # dropout, too, depends on its place alone
             chosen = [data.train[i] for i in batch_at(record["step"], args.batch_size, len(data.train), args.seed)]
             chosen.sort(key=lambda e: len(coder.source(e)))  # micro-batches of like length: less padding
             count = sum(len(coder.target(e)) for e in chosen)
@@ -1725,7 +1749,7 @@ def train(model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argpar
                 torch.distributed.all_reduce(loss)
             loss = loss.item()
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {record['step'] + 1}; a smaller --lr (now {args.lr:g}) may help")
+                raise UserError(f"the loss is {loss} at step {record['step'] + 1}; a smaller --lr (now {lr:g}) may help")
             optimizer.step()
             optimizer.zero_grad()
             tuned.write()
@@ -1773,10 +1797,12 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add(
         "--model",
-        default="toy-base",
-        help="a local folder, a hub id, or a short name such as t5-large (default: %(default)s, offline)",
+        help="a local folder, a hub id, or a short name such as t5-large (default: toy-base, offline; with --load, its own)",
     )
-    add("--task", default="toy-sentiment", help="a name of the table, or a local file or folder (default: %(default)s, offline)")
+    add(
+        "--task",
+        help="a name of the table, a hub id, a local file or folder (default: toy-sentiment, offline; with --load, its own)",
+    )
     add("--method", default="apet", help=f"{', '.join(METHODS)}; a list sweeps")
     add("--budget", default="1e4", help="scalars to tune: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps")
     add("--mask", default="random", help=f"how positions are chosen: {', '.join(MASKS)}; a list sweeps")
@@ -1834,6 +1860,15 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             pass
         raise UserError(f"--lr must be a number above 0, or auto, not {text!r}")
 
+    about = {}
+    if args.load:  # it says itself how it was made
+        about = load_tensors(args.load)[1]
+        if about.get("format") != "apet 1" or about.get("method", "apet") not in METHODS:
+            raise UserError(f"{args.load} is no delta of apet.py")
+        args.method, args.insert = about.get("method", "apet"), about.get("insert", "")
+        args.pool = about.get("pool", "cls")
+    args.model = about.get("model", "toy-base") if args.model is None else args.model
+    args.task = about.get("task", "toy-sentiment") if args.task is None else args.task
     toy = args.task.startswith("toy-")
     args.method = split(args.method, "method", lambda m: one_of(m, METHODS, "method"))
     args.mask = split(args.mask, "mask", lambda m: one_of(m, MASKS, "mask"))
@@ -1872,20 +1907,23 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     local = int(os.environ.get("LOCAL_RANK", 0))
     args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=args.device)
+        device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda can")
+        torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        args.device = "cpu" if device.type == "cpu" else args.device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
-    if args.load:  # it says itself how it was made
-        about = load_tensors(args.load)[1]
-        if about.get("format") != "apet 1" or about.get("method", "apet") not in METHODS:
-            raise UserError(f"{args.load} is no delta of apet.py")
-        args.method, args.insert = [about.get("method", "apet")], list(filter(None, about.get("insert", "").split(",")))
-        args.pool = about.get("pool", "cls")
     if args.save and (os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
         raise UserError(f"--save {args.save}: a file in a folder that is there, please")
-    if args.export and os.path.exists(args.export) and not os.path.isdir(args.export):
-        raise UserError(f"--export {args.export}: a folder, not a file, please")
+    there = args.export or "."
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there or "."):
+        raise UserError(f"--export {args.export}: {there} is a file, where a folder should be")
     if args.export and (odd := {"adapter", "prompt"} & {*args.method, *args.insert}):
         raise UserError(f"--export: a plain checkpoint has no place for {', '.join(odd)}; the delta (--save) holds it")
     if args.export and args.pool == "mean":
@@ -1934,8 +1972,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
     start = time.perf_counter()
     file = os.path.join(args.out, args.name)
     total = sum(p.numel() for p in base_of(model).parameters())
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory()
     torch.manual_seed(args.seed or 0)
     batches = None
     if args.mask == "gradient":
@@ -1950,18 +1987,16 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
     try:
         count = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
         head = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base_of(model).parameters())
-        given = args.lr
-        args.lr = auto_lr(args.method, count, facts["family"]) if args.lr == "auto" else args.lr
+        lr = auto_lr(args.method, count, facts["family"]) if args.lr == "auto" else args.lr
         record = {}
         if tuned.params and not args.load:
-            record = train(model, tuned, coder, data, args, f"{file}.state")
+            record = train(model, tuned, coder, data, args, lr, f"{file}.state", f"{facts['revision']} {data.about['revision']}")
         began = time.perf_counter()
         scores = measure(data.metric, predict(model, coder, data, data.report, args.eval_batch_size, args.device), data.report)
         record["eval_s"] = record.get("eval_s", 0.0) + time.perf_counter() - began
         losses = record.get("loss", [])
         every = max(1, math.ceil(len(losses) / 500))
         chunks = [losses[i : i + every] for i in range(0, len(losses), every)]
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         with open(__file__, "rb") as f:
             source = hashlib.sha256(f.read()).hexdigest()
         name, score = next(iter(scores.items()))
@@ -1975,7 +2010,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             "head_trained": any(n in tuned.params for n in tuned.head),
             "total_params": total,
             "density": count / total,
-            "lr": args.lr,
+            "lr": lr,
             "best": record.get("best"),
             "loss_curve": [sum(part) / len(part) for part in chunks],
             "loss_every": every,  # steps that an entry of loss_curve is the mean of
@@ -1983,11 +2018,11 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             "seconds": {"train": record.get("train_s", 0.0), "eval": record["eval_s"], "all": time.perf_counter() - start},
             "step_ms": 1e3 * record["train_s"] / record["step"] if record.get("step") else None,
             "tokens_per_s": record["tokens"] / record["train_s"] if record.get("train_s") else None,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else usage,
+            "peak_memory_bytes": peak_memory(args.device),
             "labels": list(data.words),
             "data": data.about,
             "model": facts,
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")} | {"lr": given},
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")},
             "versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")},
             "device": machine(args.device),
             "processes": ranks()[1],
@@ -2003,11 +2038,11 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             elif tuned.params and not args.load and (args.save or args.method != "full"):
                 result["delta"] = args.save or f"{file}.safetensors"
                 save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
-            if args.export:
-                export(model, coder, args.export)
             write_file(f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{file}.state")
+            if args.export:
+                export(model, coder, args.export)
         return result
     finally:
         tuned.undo()
@@ -2029,8 +2064,11 @@ def export(model: nn.Module, coder: Coder, folder: str) -> None:
                 change = change if isinstance(module, nn.Linear) else change.t()
                 with torch.no_grad():
                     module.weight.copy_(module.weight.float() + change)
-        model.save_pretrained(folder)
-        coder.tokenizer.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            coder.tokenizer.save_pretrained(folder)
+        except OSError as e:
+            raise UserError(f"--export {folder}: {e.strerror}") from None
     finally:
         with torch.no_grad():
             for weight, old in before.items():
@@ -2087,6 +2125,22 @@ def table(results: list[tuple[argparse.Namespace, dict]], data: Data) -> str:
     return "\n".join(lines)
 
 
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:  # Linux: the process's own peak starts anew
+        f.write("5")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes since `reset_peak_memory`; on a CPU without it (not Linux), since the process began."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", f.read())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def machine(device: str) -> str:
     return f"cpu {platform.machine()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
 
@@ -2094,6 +2148,29 @@ def machine(device: str) -> str:
 def say(text: str) -> None:
     if ranks()[0] == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def read_done(todo: list[argparse.Namespace], data: Data) -> dict[str, dict]:
+    """The results that are there already, by cell; not those of other data or weights under the same name."""
+    done, path = {}, find_model(todo[0].model)
+    for cell in todo:
+        file = os.path.join(cell.out, f"{cell.name}.json")
+        if not cell.resume or not os.path.exists(file) or (cell.save and not os.path.exists(cell.save)):
+            continue
+        try:
+            with open(file, encoding="utf-8") as f:
+                result = json.load(f)
+            made_of, result["score"] = (result["model"]["revision"], result["data"]["revision"]), result["score"] + 0.0
+        except (ValueError, KeyError, TypeError, OSError):
+            raise UserError(
+                f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume"
+            ) from None
+        model = folder_revision(path) if os.path.isdir(path) else made_of[0]
+        if made_of == (model, data.about["revision"]):
+            done[cell.name] = result
+        else:
+            say(f"{cell.label}: the data or the model is not that of {file}; it runs anew")
+    return done
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -2108,19 +2185,8 @@ def run(argv: list[str] | None = None) -> None:
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"can't make the folder {args.out}: {e.strerror}") from None
-    done = {}
-    for cell in todo:
-        file = os.path.join(args.out, f"{cell.name}.json")
-        if args.resume and os.path.exists(file):
-            try:
-                with open(file, encoding="utf-8") as f:
-                    done[cell.name] = json.load(f)
-                done[cell.name]["score"] + 0.0
-            except (ValueError, KeyError, TypeError, OSError):
-                raise UserError(
-                    f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume"
-                ) from None
     data = load_task(args)
+    done = {} if args.export else read_done(todo, data)
     if len(done) < len(todo):
         say(f"loading {args.model}")
         model, tokenizer, facts = load_model(args, data.words)
@@ -2137,7 +2203,7 @@ def run(argv: list[str] | None = None) -> None:
             try:
                 done[cell.name] = run_in_memory(model, facts, coder, data, cell, args)
             except UserError as e:
-                if len(todo) == 1:
+                if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
                     raise
                 say(f"[{i}/{len(todo)}] {cell.label} failed: {e}")
                 failed.append(cell.label)
@@ -2153,11 +2219,14 @@ def run_in_memory(
     model: nn.Module, facts: dict, coder: Coder, data: Data, cell: argparse.Namespace, args: argparse.Namespace
 ) -> dict:
     """`run_cell`; once GPU memory has run out, again with gradient checkpointing, which then stays on."""
+    cell.gradient_checkpointing = args.gradient_checkpointing
     try:
         return run_cell(model, facts, coder, data, cell)
     except torch.OutOfMemoryError:
         if args.gradient_checkpointing:
             raise UserError("out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum") from None
+        if ranks()[1] > 1:  # the other processes go on, where this one would begin again
+            raise UserError("out of GPU memory: add --gradient-checkpointing") from None
     say("out of GPU memory: once more with gradient checkpointing")
     args.gradient_checkpointing = True
     checkpoint(model)

@@ -63,6 +63,8 @@ while (($#)); do
     shift
 done
 [[ -z $quick || -n $offline ]] || fail "--quick goes with --offline"
+for slot in $gpus; do [[ $slot =~ ^[0-9]+(\+[0-9]+)*$ ]] || fail "--gpus must be like 0,1 or 0+1,2+3, not '$slot'"; done
+[[ -z $out || $out == /* ]] || out=$PWD/$out
 cd "$(dirname "$0")"
 if [[ -n $offline ]]; then
     table=$toy known_tasks=$toy_tasks out=${out:-results/offline} jobs=${jobs:-$(getconf _NPROCESSORS_ONLN)}
@@ -71,6 +73,7 @@ if [[ -n $offline ]]; then
 else
     table=$paper known_tasks=$paper_tasks out=${out:-results/grid} jobs=${jobs:-1}
 fi
+[[ -z $gpus ]] || more+=" --device cuda" # else a GPU that is not there would be a CPU
 if [[ -n $quick ]]; then
     models=${models:-toy-tiny toy-small toy-base} tasks=${tasks:-toy-sentiment toy-qa} seeds=${seeds:-2}
     more=" --steps 100 --eval-every 50 --eval-size 300"
@@ -128,6 +131,7 @@ for model in $models; do
                     commas=${word//[^,]/}
                     runs=$((runs * (${#commas} + 1)))
                 done
+                [[ $experiment != structure ]] || runs=$((runs - runs / 6 + 1)) # magnitude has no seed
                 commands+=("python apet.py --model $model --task $task $chosen$more --out $(printf %q "$out")")
                 labels+=("$experiment-$model-$task")
                 costs+=("$((runs * cost)) $runs")

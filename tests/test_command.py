@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TOY, batch_for, build
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import apet
 
@@ -78,6 +78,49 @@ def test_another_delta_under_the_same_name_is_evaluated_anew(tmp_path):
         run("--load", file, out=tmp_path / "loaded")
         assert len(results(tmp_path / "loaded")) == count
     assert {r["tuned_params"] for r in results(tmp_path / "loaded").values()} == {10, 20}
+
+
+def test_a_saved_delta_knows_its_model_and_task(tmp_path):
+    run("--budget", "50", "--task", "toy-paraphrase", out=tmp_path / "a")
+    assert apet.main(["--load", only(tmp_path / "a")["delta"], "--eval-size", "32", "--out", str(tmp_path / "b")]) == 0
+    loaded = only(tmp_path / "b")
+    assert loaded["score"] == only(tmp_path / "a")["score"]
+    assert (loaded["arguments"]["model"], loaded["arguments"]["task"]) == ("toy-tiny", "toy-paraphrase")
+
+
+def test_other_data_or_weights_under_the_same_name_are_run_anew(tmp_path, capsys):
+    shutil.copytree(TOY / "models/tiny", tmp_path / "model")
+    argv = ["--model", tmp_path / "model", "--task", tmp_path / "data.csv", "--budget", "10", "--dropout", "0"]
+    seen = []
+    for changed in (None, "data", "model", None):
+        if changed != "model":
+            rows = [f"word {i} {changed or 'data'},{('bad', 'good')[i % 2]}\n" for i in range(80)]
+            (tmp_path / "data.csv").write_text("text,label\n" + "".join(rows if changed is None else rows * 2))
+        else:
+            weights = load_file(tmp_path / "model/model.safetensors")
+            save_file({n: w + 0.5 for n, w in weights.items()}, tmp_path / "model/model.safetensors", {"format": "pt"})
+        run(*argv, out=tmp_path / "out")
+        seen.append((only(tmp_path / "out")["loss_curve"], "runs anew" in capsys.readouterr().err))
+    assert [anew for _, anew in seen] == [False, True, True, True] and seen[1][0] != seen[2][0] != seen[3][0]
+    run(*argv, out=tmp_path / "out")
+    assert only(tmp_path / "out")["loss_curve"] == seen[3][0] and "runs anew" not in capsys.readouterr().err
+
+
+def test_a_file_asked_for_afterwards_is_written(tmp_path):
+    run("--budget", "50", out=tmp_path / "a")
+    run("--budget", "50", "--save", tmp_path / "later.safetensors", "--export", tmp_path / "model", out=tmp_path / "a")
+    assert (tmp_path / "later.safetensors").exists() and (tmp_path / "model/config.json").exists()
+
+
+def test_rows_without_a_label_are_no_class(tmp_path):
+    rows = [{"text": f"text {i}", "label": (0, 1, -1)[i % 3]} for i in range(90)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "b.csv").write_text("\ufefftext,label\n" + "".join(f"{r['text']},{('no', 'yes', '')[r['label']]}\n" for r in rows))
+    for name, words in (("a.jsonl", ["0", "1"]), ("b.csv", ["no", "yes"])):
+        run("--task", tmp_path / name, "--budget", "10", out=tmp_path / name.replace(".", "-"))
+        result = only(tmp_path / name.replace(".", "-"))
+        assert result["labels"] == words and result["baselines"]["random_guess"] == 0.5
+        assert result["data"]["rows without text or label, dropped"] == {"train": 30}
 
 
 def test_the_exported_checkpoint_is_a_plain_hugging_face_model_with_the_same_score(tmp_path):
@@ -394,6 +437,9 @@ def test_memory_that_runs_out_is_met_with_checkpointing(tmp_path, monkeypatch):
     run("--budget", "100", out=tmp_path / "b")
     assert calls[:2] == [False, False] and all(calls[2:]) and len(calls) == 2 + 6
     assert only(tmp_path / "b")["loss_curve"] == pytest.approx(only(tmp_path / "a")["loss_curve"], rel=1e-4)
+    assert only(tmp_path / "b")["arguments"] == only(tmp_path / "a")["arguments"] | {
+        "gradient_checkpointing": True, "out": str(tmp_path / "b")
+    }  # fmt: skip
 
 
 WRONG = {
@@ -421,6 +467,9 @@ WRONG = {
     "dropout": (["--dropout", "1.5"], "--dropout must be"),
     "device": (["--device", "cuda:77"], "can't be used"),
     "device word": (["--device", "gpu"], "can't be used"),
+    "device kind": (["--device", "meta"], "can't be used: cpu and cuda can"),
+    "export nowhere": (["--export", "{tmp}/text.jsonl/model"], "is a file, where a folder should be"),
+    "export bitfit": (["--method", "bitfit", "--export", "{tmp}/model"], "no place for the new biases"),
     "flag": (["--bugdet", "3"], None),
     "pool": (["--pool", "mean"], "has no pooler"),
     "pool and export": (["--pool", "mean", "--export", "{tmp}/model"], "can't say that the head reads the mean"),
@@ -483,7 +532,7 @@ WRONG = {
     "label between": (["--task", "{tmp}/between"], "row 1: the label 0.5 is none of bad, good"),
     "save nowhere": (["--save", "{tmp}/none/x.safetensors"], "a file in a folder that is there"),
     "save folder": (["--save", "{tmp}"], "a file in a folder that is there"),
-    "export file": (["--export", "{tmp}/text.jsonl"], "a folder, not a file"),
+    "export file": (["--export", "{tmp}/text.jsonl"], "is a file, where a folder should be"),
     "export adapter": (["--method", "adapter", "--export", "{tmp}/model"], "no place for adapter"),
     "broken result": (["--method", "none", "--out", "{tmp}/old"], "is no result of apet.py, or a broken one"),
     "out": (["--out", "{tmp}/text.jsonl/x"], "can't make the folder"),

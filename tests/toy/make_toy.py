@@ -6,7 +6,7 @@
     python tests/toy/make_toy.py pretrain --scale base   # one model, from scratch, by T5 span corruption
     python tests/toy/make_toy.py all                     # everything
 
-Measured on two shared AMD EPYC cores, one thread a model: data 2 s, tiny 545 s, small 431 s, base 879 s, large 2,120 s.
+Measured on two shared AMD EPYC cores, one thread a model: data 2 s, tiny 623 s, small 583 s, base 1,297 s, large 3,803 s.
 
 The models see running text only: no label of a task and no "Input: ... Output: " line is ever in it. What a task asks
 for is in the text all the same, since later sentences follow from earlier ones: a guest comes back or goes away, a fact
