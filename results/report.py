@@ -2,7 +2,7 @@
 
     python results/report.py FOLDER [FOLDER ...] [--out DIR]
 
-reads every *.json below the folders (default: results/offline) and writes into DIR (default: the folder of this script) README.md,
+reads every *.json below the folders (default: results/toy) and writes into DIR (default: the folder of this script) README.md,
 where the part between two marker lines is replaced, report.csv, and scale, positions, budget and thresholds.png. With several
 families of models there is one figure of each kind per family, as in budget-t5.png.
 """
@@ -70,8 +70,8 @@ APET stands beside them at a method's number of scalars or, without such runs, a
 - Low threshold: the smallest budget at which the mean over positions is above random guess g at p < 0.01, one-sided: at least
   g + 2.326·sqrt(g(1-g)/n), n the rows of the reported split, which all seeds share; g(1-g) bounds the variance of any score in
   [0, 1].
-- High threshold: the smallest budget at which the mean is at least f - max(sd of full over training seeds, sqrt(f(1-f)/n)), f the
-  mean of full fine-tuning.
+- High threshold: the smallest budget at which the mean is at least f - max(sd of full over training seeds, sqrt(h(1-h)/n)), f the
+  mean of full fine-tuning, h = (nf+2)/(n+4).
 - Between measured budgets the mean is linear in log10(budget). `<=`: the smallest budget passes; `>`: the largest does not.
 - [a, b]: 90 % percentile bootstrap over position seeds and full's training seeds, 1,000 draws; none where a budget beside the
   threshold has fewer than 2 position seeds.
@@ -237,9 +237,13 @@ def low_level(guess: float, rows: int) -> float:
 
 
 def high_level(full: np.ndarray, rows: int) -> float:
-    """f - max(sd, sqrt(f (1 - f) / n)): full fine-tuning's mean f less its spread over training seeds or n rows."""
+    """f - max(sd, sqrt(g (1 - g) / n)): full fine-tuning's mean f less its spread over training seeds or n rows.
+
+    g = (n f + 2) / (n + 4), so that a perfect score has a spread, too (Agresti & Coull, 1998).
+    """
     f = float(np.mean(full))
-    return f - max(np.nan_to_num(spread(full)), math.sqrt(f * (1 - f) / rows))
+    g = (rows * f + 2) / (rows + 4)
+    return f - max(np.nan_to_num(spread(full)), math.sqrt(g * (1 - g) / rows))
 
 
 def crossing(x: np.ndarray, means: np.ndarray, level: float) -> float:
@@ -662,7 +666,7 @@ def main(argv: list[str] | None = None) -> int:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Tables, figures and statistics of apet.py's results.")
     parser.add_argument(
-        "folders", nargs="*", type=Path, default=[here / "offline"], metavar="FOLDER", help="default: results/offline"
+        "folders", nargs="*", type=Path, default=[here / "toy"], metavar="FOLDER", help="default: results/toy"
     )
     parser.add_argument(
         "--out", type=Path, default=here, metavar="DIR", help="for README.md, report.csv and the figures; default: results"

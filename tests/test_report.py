@@ -74,7 +74,7 @@ def out(tmp_path):
 
 def test_thresholds_and_spreads_by_hand(runs, out):
     """Low: 0.5 + 2.326 sqrt(0.25 / 1000) = 0.536777, reached at 10^(2 + 0.036777 / 0.2) = 152.7. High: the sd of 0.79 and 0.81,
-    0.014142, exceeds sqrt(0.16 / 1000) = 0.012649; 0.8 - 0.014142 = 0.785858 is reached at 10^(3 + 0.085858 / 0.2) = 2687."""
+    0.014142, exceeds sqrt(0.1607 / 1000) = 0.012677; 0.8 - 0.014142 = 0.785858 is reached at 10^(3 + 0.085858 / 0.2) = 2687."""
     line(runs, (0.5, 0.7, 0.9))
     full(runs, 0.79, 0.81)
     text, rows = made(runs, out)
@@ -93,10 +93,17 @@ def test_thresholds_and_spreads_by_hand(runs, out):
 
 
 def test_one_full_run_leaves_the_sampling_error(runs, out):
-    """0.8 - sqrt(0.16 / 1000) = 0.787351, reached at 10^(3 + 0.087351 / 0.2) = 2734."""
+    """h = 802 / 1004; 0.8 - sqrt(h (1 - h) / 1000) = 0.787323, reached at 10^(3 + 0.087323 / 0.2) = 2733."""
     line(runs, (0.5, 0.7, 0.9))
     full(runs, 0.8)
     assert "] | 2,730 [" in made(runs, out)[0]
+
+
+def test_a_perfect_full_score_leaves_a_sampling_error_too(runs, out):
+    """h = 1002 / 1004; 1 - sqrt(h (1 - h) / 1000) = 0.998590, reached at 10^(3 + 0.298590 / 0.299) = 9968."""
+    line(runs, (0.5, 0.7, 0.999), offsets=(0, 0, 0))
+    full(runs, 1.0, 1.0)
+    assert "] | 9,970 [" in made(runs, out)[0]
 
 
 def test_interval_by_hand(runs, out):
@@ -193,14 +200,14 @@ def test_floor_and_ceiling_are_no_evidence(runs, out):
 
 
 def test_high_thresholds_that_fall_agree(runs, out):
-    """High level 0.8 - 0.012649; with the steps 0.2, 0.25 and 0.3 from 0.6 at 100 the crossings are known."""
+    """High level 0.8 - 0.012677; with the steps 0.2, 0.25 and 0.3 from 0.6 at 100 the crossings are known."""
     for task in ("a", "b"):
         for model, step in zip(SCALES, (0.2, 0.25, 0.3), strict=True):
             line(runs, (0.6, 0.6 + step), offsets=(0, 0), model=model, task=task)
             full(runs, 0.8, model=model, task=task)
     text, _ = made(runs, out)
-    assert "| a | <= 100 [<= 100, <= 100] | 864 [864, 864] |" in text  # 10^(2 + 0.187351 / 0.2)
-    assert "| a | <= 100 [<= 100, <= 100] | 562 [562, 562] |" in text  # / 0.25
+    assert "| a | <= 100 [<= 100, <= 100] | 864 [864, 864] |" in text  # 10^(2 + 0.187323 / 0.2)
+    assert "| a | <= 100 [<= 100, <= 100] | 561 [561, 561] |" in text  # / 0.25
     assert "| a | <= 100 [<= 100, <= 100] | 421 [421, 421] |" in text  # / 0.3
     assert re.search(r"Agrees with the paper: 2, high threshold against scale: mean slope -0.156 .* 2 of 2 falling", text)
 
