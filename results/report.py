@@ -665,9 +665,7 @@ def to_csv(groups: list[Group]) -> str:
 def main(argv: list[str] | None = None) -> int:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Tables, figures and statistics of apet.py's results.")
-    parser.add_argument(
-        "folders", nargs="*", type=Path, default=[here / "toy"], metavar="FOLDER", help="default: results/toy"
-    )
+    parser.add_argument("folders", nargs="*", type=Path, default=[here / "toy"], metavar="FOLDER", help="default: results/toy")
     parser.add_argument(
         "--out", type=Path, default=here, metavar="DIR", help="for README.md, report.csv and the figures; default: results"
     )
