@@ -191,10 +191,10 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_break_nothing(tmp_path)
     for _ in range(20):
         child = os.fork()
         if child == 0:
-            os.fsync = lambda fd: time.sleep(0.03)
+            os.fsync = lambda fd: time.sleep(0.1)
             apet.main([*sweep, str(out)])
             os._exit(0)
-        time.sleep(moments.uniform(0.02, 0.6))
+        time.sleep(moments.uniform(0.02, 1.0))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         met += bool(list(out.glob(".*.tmp")))
