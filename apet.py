@@ -372,9 +372,24 @@ def _own_positions(model: nn.Module, budget: int | float | str | None, mask: Map
 # APET: how they are tuned
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Cost of the gradient paths for a layer, in entries of a dense product of the same token count; see `_Linear.__init__`.
-# CPU: measured by tests/bench.py (results/bench). CUDA: bandwidth against bf16 FLOPs of an H100; not yet measured.
-COST = {"cpu": dict(dot=4, line=100, call=4_000), "cuda": dict(dot=2_000, line=500, call=200_000)}
+# Cost of the ways to a layer's gradient, in entries of a dense product over the same tokens; see `cheapest_way`.
+# CPU: measured by tests/bench.py --ways (results/README.md). CUDA: bandwidth against bf16 FLOPs of an H100; not yet measured.
+COST = {
+    "cpu": dict(single=80, dot=4, line=100, call=4_000),
+    "cuda": dict(single=2_000, dot=math.inf, line=500, call=200_000),
+}
+
+
+def cheapest_way(rows: int, cols: int, entries: int, device: str) -> tuple[float, str]:
+    """(cost, way) to the gradient of `entries` of a linear layer that lie in so many of its rows and columns.
+
+    product: the dense product over these rows and columns (best for whole rows, columns, blocks). single: one column of
+    the output's gradient and one of the input for each entry (best for few). sampled: each row and column is laid out once,
+    then a dot product for each entry (best for many; torch has it on a CPU).
+    """
+    cost = COST["cpu" if device == "cpu" else "cuda"]
+    sampled = cost["dot"] * entries + cost["line"] * (rows + cols)
+    return min((rows * cols, "product"), (cost["single"] * entries, "single"), (sampled, "sampled"))
 
 
 class APET:
@@ -472,7 +487,7 @@ class APET:
         with self._lock:
             if self.values.grad is None:
                 self.values.grad = torch.zeros_like(self.values)
-        self.values.grad[slot.start : slot.stop] += grad.to(self.values.device, self.values.dtype)
+        self.values.grad.narrow(0, slot.start, slot.stop - slot.start).add_(grad.to(self.values.device))
 
     @torch.no_grad()
     def write(self) -> None:
@@ -574,11 +589,11 @@ class _Slot:
 
     def gather_is_cheaper(self, modules: list[nn.Module]) -> bool:
         """Than a dense gradient; in multiply-adds per token, see COST."""
-        cost = COST["cpu" if self.weight.device.type == "cpu" else "cuda"]
-        dense, m = self.weight.numel(), len(self.index)
+        device, dense, m = self.weight.device.type, self.weight.numel(), len(self.index)
         if any(type(module) is nn.Linear for module in modules):
             rows, cols = (len(x.unique()) for x in self.rows_and_columns())
-            return min(cost["dot"] * m, rows * cols) + cost["line"] * (rows + cols) + cost["call"] < dense
+            cost = COST["cpu" if device == "cpu" else "cuda"]
+            return cheapest_way(rows, cols, m, device)[0] + cost["line"] * cols + cost["call"] < dense
         return self.weight.shape[0] >= 512 and m < dense // 4  # an embedding: the dense gradient costs its own size
 
 
@@ -588,21 +603,26 @@ class _Linear:
     def __init__(self, slot: _Slot, module: nn.Linear):
         self.slot = slot
         row, col = slot.rows_and_columns()
-        self.rows, self.row_of = row.unique(return_inverse=True)
-        self.cols, self.col_of = col.unique(return_inverse=True)
-        self.all_rows = len(self.rows) == module.out_features
-        # Nearly all of x: keep x itself, without a copy; layers with the same input (q, k, v) then share it.
-        self.all_cols = len(self.cols) >= 0.9 * module.in_features
-        cost = COST["cpu" if row.device.type == "cpu" else "cuda"]
-        # whole rows, columns or blocks: the product over the rows and columns touched beats single dot products
-        self.product = len(self.rows) * len(self.cols) <= cost["dot"] * len(row)
-        self.csr = None
-        if not self.product and row.device.type == "cpu":
-            ends = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(self.row_of).cumsum(0)])
-            size = (len(self.rows), len(self.cols))
+        self.rows, self.row = self.distinct(row, module.out_features)
+        self.cols, self.col = self.distinct(col, module.in_features)
+        height = module.out_features if self.rows is None else len(self.rows)
+        width = module.in_features if self.cols is None else len(self.cols)
+        self.way = cheapest_way(height, width, len(row), row.device.type)[1]
+        if self.way == "single":
+            self.rows, self.row = None, row
+        elif self.way == "product":
+            self.at = self.row * width + self.col
+        else:
+            ends = nn.functional.pad(torch.bincount(self.row, minlength=height).cumsum(0), (1, 0))
             with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
                 warnings.simplefilter("ignore")
-                self.csr = torch.sparse_csr_tensor(ends, self.col_of, torch.zeros(len(row)), size=size)
+                self.csr = torch.sparse_csr_tensor(ends, self.col, torch.zeros(len(row)), size=(height, width))
+
+    @staticmethod
+    def distinct(index: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
+        """(the distinct ones, the place of each among them); (None, index) if they are nearly all: no need to copy them."""
+        lines, place = index.unique(return_inverse=True)
+        return (lines, place) if len(lines) < 0.9 * size else (None, index)
 
     def before(self, *_: object) -> None:
         if torch.is_grad_enabled():
@@ -612,35 +632,36 @@ class _Linear:
         if not torch.is_grad_enabled():
             return None
         self.slot.weight.requires_grad_(True)
-        x = args[0] if args else kwargs["input"]
-        x = x.detach().reshape(-1, x.shape[-1])
-        return _Tap.apply(output, self.slot.apet.values, self, self.keep(x, output))
+        return _Tap.apply(output, self.slot.apet.values, self, (args[0] if args else kwargs["input"],))
 
     def keep(self, x: Tensor, output: Tensor) -> Tensor:
-        """What backward needs: the chosen columns of x (tokens, in); x itself if most are chosen."""
-        x = x if self.all_cols else x.index_select(1, self.cols.to(x.device))
-        return x.to(output.device, output.dtype)
+        """What backward needs: the chosen columns of x (tokens, columns); x itself if most are chosen."""
+        if self.row.device != output.device:
+            self.to(output.device)
+        x = x.detach().reshape(-1, x.shape[-1]).to(output.device, output.dtype)
+        return x if self.cols is None else x.index_select(1, self.cols)
+
+    def to(self, device: torch.device) -> None:
+        for name in ("rows", "row", "cols", "col", "at"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, getattr(self, name).to(device))
 
     def entries(self, kept: Tensor, grad: Tensor) -> Tensor:
         """The gradient at the chosen entries, from kept (tokens, columns) and the output's gradient (..., out)."""
         dy = grad.reshape(-1, grad.shape[-1])
-        if self.rows.device != dy.device:
-            self.rows, self.cols = self.rows.to(dy.device), self.cols.to(dy.device)
-            self.row_of, self.col_of = self.row_of.to(dy.device), self.col_of.to(dy.device)
-        if kept.shape[1] > len(self.cols):
-            kept = kept.index_select(1, self.cols)
-        if not self.all_rows:
+        if self.rows is not None:
             dy = dy.index_select(1, self.rows)
-        if self.product:
-            return (dy.t() @ kept).view(-1).index_select(0, self.row_of * len(self.cols) + self.col_of)
-        dy, kept = dy.t(), kept.t().contiguous()  # dot products over neighbouring numbers
-        if self.csr is not None and dy.device.type == "cpu" and dy.dtype != torch.float64:
-            return torch.sparse.sampled_addmm(self.csr, dy.float(), kept.float().t(), beta=0.0).values()
-        out = torch.empty(len(self.row_of), device=dy.device, dtype=torch.promote_types(dy.dtype, torch.float32))
-        step = max(1, (1 << 24) // max(1, dy.shape[1]))  # bounds the temporaries to 64 MiB each
-        for i in range(0, len(out), step):
-            row, col = self.row_of[i : i + step], self.col_of[i : i + step]
-            out[i : i + step] = (dy.index_select(0, row).to(out.dtype) * kept.index_select(0, col).to(out.dtype)).sum(1)
+        if self.way == "product":
+            return (dy.t() @ kept).view(-1).index_select(0, self.at)
+        if self.way == "sampled" and dy.device.type == "cpu" and dy.dtype != torch.float64:
+            dy, kept = dy.t().float(), kept.t().contiguous().float()  # dot products over neighbouring numbers
+            return torch.sparse.sampled_addmm(self.csr, dy, kept.t(), beta=0.0).values()
+        out, wide = None, torch.promote_types(dy.dtype, torch.float32)
+        step = max(1, (1 << (20 if dy.device.type == "cpu" else 24)) // len(self.row))  # tokens at a time: bounds the temporaries
+        for t in range(0, len(dy), step):
+            part = dy[t : t + step].index_select(1, self.row).to(wide)
+            part = part.mul_(kept[t : t + step].index_select(1, self.col)).sum(0)
+            out = part if out is None else out.add_(part)
         return out
 
 
@@ -660,7 +681,11 @@ class _Embedding:
             return None
         self.slot.weight.requires_grad_(True)
         ids = args[0] if args else kwargs["input"]
-        return _Tap.apply(output, self.slot.apet.values, self, ids.reshape(-1).to(output.device))
+        return _Tap.apply(output, self.slot.apet.values, self, (ids,))
+
+    def keep(self, ids: Tensor, output: Tensor) -> Tensor:
+        """What backward needs: the token ids, (tokens,)."""
+        return ids.reshape(-1).to(output.device)
 
     def entries(self, ids: Tensor, grad: Tensor) -> Tensor:
         """The gradient at the chosen entries, from the token ids (tokens,) and the output's gradient (..., width)."""
@@ -683,9 +708,9 @@ class _Tap(torch.autograd.Function):
     """The identity on a layer's output; in backward it takes the gradient of the layer's chosen entries."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, values: Tensor, use: _Linear | _Embedding, kept: Tensor) -> Tensor:
+    def forward(ctx, output: Tensor, values: Tensor, use: _Linear | _Embedding, inputs: tuple[Tensor]) -> Tensor:
         ctx.use = use
-        ctx.save_for_backward(kept)
+        ctx.save_for_backward(use.keep(inputs[0], output))  # in a tuple, as they need no gradient from here
         return output.detach()  # not `output`: an in-place activation may follow
 
     @staticmethod
