@@ -607,11 +607,12 @@ class _Linear:
         self.cols, self.col = self.distinct(col, module.in_features)
         height = module.out_features if self.rows is None else len(self.rows)
         width = module.in_features if self.cols is None else len(self.cols)
-        self.way = cheapest_way(height, width, len(row), row.device.type)[1]
+        self.way, self.device = cheapest_way(height, width, len(row), row.device.type)[1], row.device
         if self.way == "single":
             self.rows, self.row = None, row
         elif self.way == "product":
             self.at = self.row * width + self.col
+            del self.row, self.col
         else:
             ends = nn.functional.pad(torch.bincount(self.row, minlength=height).cumsum(0), (1, 0))
             with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
@@ -636,12 +637,14 @@ class _Linear:
 
     def keep(self, x: Tensor, output: Tensor) -> Tensor:
         """What backward needs: the chosen columns of x (tokens, columns); x itself if most are chosen."""
-        if self.row.device != output.device:
-            self.to(output.device)
+        if self.device != output.device:
+            self.move(output.device)
         x = x.detach().reshape(-1, x.shape[-1]).to(output.device, output.dtype)
         return x if self.cols is None else x.index_select(1, self.cols)
 
-    def to(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
+        """The indices follow a model that went to another device."""
+        self.device = device
         for name in ("rows", "row", "cols", "col", "at"):
             if getattr(self, name, None) is not None:
                 setattr(self, name, getattr(self, name).to(device))
@@ -1771,7 +1774,9 @@ def train(
                 for p in tuned.params.values():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     torch.distributed.all_reduce(p.grad)
-                torch.distributed.all_reduce(loss)
+                agreed = torch.stack([loss, loss.new_tensor(float(bool(stop)))])  # a signal may have come to one process alone
+                torch.distributed.all_reduce(agreed)
+                loss, stopping = agreed[0], agreed[1].item() > 0
             loss = loss.item()
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} at step {record['step'] + 1}; a smaller --lr (now {lr:g}) may help")
@@ -1788,9 +1793,11 @@ def train(
                 evaluate()
                 if record["step"] < args.steps:
                     save_state()
-            if stop:
+            if stopping if world > 1 else stop:
                 save_state()
-                raise Interrupted(stop[0], record["step"])
+                if world > 1:
+                    torch.distributed.barrier()  # torchrun ends all processes once one has ended
+                raise Interrupted(stop[0] if stop else signal.SIGTERM, record["step"])
     finally:
         bar.close()
         for s, handler in old.items():

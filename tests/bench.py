@@ -3,6 +3,8 @@
 
     python tests/bench.py                                        # T5-base shapes, fp32, 8 x 128 tokens, 1e2 ... 1e7
     python tests/bench.py --shape t5-large --dtype bf16 --batch 32 --device cuda
+    python tests/bench.py --ways                                 # what COST in apet.py comes from
+    python tests/bench.py --figure                               # all of results/bench: ratio against budget and model size
 
 The frozen bound is forward plus backward to the inputs of the same model, all weights frozen: what any method that
 tunes weights throughout the model has to pay. In each round every method is set up, warmed up, and timed in alternation
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,15 +36,18 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import apet
 from apet import APET
 
 T5 = {  # d_model, d_ff, layers, heads, d_kv, as published
+    "t5-tiny": (256, 1024, 4, 4, 64),  # not published
     "t5-small": (512, 2048, 6, 8, 64),
     "t5-base": (768, 3072, 12, 12, 64),
     "t5-large": (1024, 4096, 24, 16, 64),
     "t5-3b": (1024, 16384, 24, 32, 128),
     "t5-11b": (1024, 65536, 24, 128, 128),
 }
+warnings.filterwarnings("ignore", category=FutureWarning)  # a name that peft still uses
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -111,25 +117,24 @@ class Tuned(Frozen):
 
 def apet_row(model: torch.nn.Module, k: int, backend: str) -> Tuned:
     start = time.perf_counter()
-    apet = APET(model, k, backend=backend)
-    row = Tuned(model, f"APET {k:.0e} {backend}".replace("e+0", "e"), [apet.values], apet.remove)
-    row.setup_s, row.apet = time.perf_counter() - start, apet
-    apet.attach(row.optimizer)
+    tuned = APET(model, k, backend=backend)
+    row = Tuned(model, f"APET {k:.0e} {backend}".replace("e+0", "e"), [tuned.values], tuned.remove)
+    row.setup_s, row.apet = time.perf_counter() - start, tuned
+    tuned.attach(row.optimizer)
     return row
 
 
 def mask_row(model: torch.nn.Module, k: int) -> Tuned:
     """A dense 0/1 mask on dense gradients and dense AdamW moments, as FISH and LT-SFT do."""
-    apet = APET(model, k)
-    apet.remove()
+    positions = apet.select_positions(model, k)
     named, hooks = dict(model.named_parameters()), []
     for name, p in named.items():
-        p.requires_grad_(name in apet.positions)
-        if name in apet.positions:
-            mask = torch.zeros_like(p).view(-1).index_fill_(0, apet.positions[name].to(p.device), 1).view_as(p)
+        p.requires_grad_(name in positions)
+        if name in positions:
+            mask = torch.zeros_like(p).view(-1).index_fill_(0, positions[name].to(p.device), 1).view_as(p)
             hooks.append(p.register_hook(lambda grad, mask=mask: grad * mask))
     row = Tuned(
-        model, f"dense mask {k:.0e}".replace("e+0", "e"), [named[n] for n in apet.positions], lambda: [h.remove() for h in hooks]
+        model, f"dense mask {k:.0e}".replace("e+0", "e"), [named[n] for n in positions], lambda: [h.remove() for h in hooks]
     )
     row.tuned = k
     return row
@@ -230,6 +235,77 @@ def memory_table(batch: int, source: int, target: int) -> None:
         print(f"{shape:10}{2 * count / 1e9:9.2f}{saved:8.2f}{kept:8.2f}   {', '.join(cells[:2]):28}{', '.join(cells[2:])}")
 
 
+def ways_table() -> None:
+    """The cost of the ways to a linear layer's gradient, in entries of a dense product over the same tokens, as COST wants them."""
+    print(f"{torch.get_num_threads()} cores; units: entries of the dense product; single and sampled for each entry")
+
+    def clock(work: object) -> float:
+        times, junk = [], torch.empty(12_000_000)
+        for _ in range(6):
+            junk.fill_(1.0)  # in a step, too, other work has taken the caches
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    for tokens in (1024, 64):
+        for rows, cols in ((768, 768), (3072, 768), (768, 3072)):
+            layer = torch.nn.Linear(cols, rows, bias=False)
+            x, dy = torch.randn(tokens, cols), torch.randn(tokens, rows)
+            unit = clock(lambda x=x, dy=dy: dy.t() @ x) / layer.weight.numel()
+            print(f"{tokens} tokens, {rows} x {cols}: dense {1e3 * unit * layer.weight.numel():.2f} ms")
+            for density in (4.5e-5, 4.5e-4, 4.5e-3, 4.5e-2):
+                m, cells = int(density * layer.weight.numel()), []
+                tuned = APET(layer, m, backend="gather")
+                touched = [len(i.unique()) for i in tuned._slots[0].rows_and_columns()]
+                for way in ("product", "single", "sampled"):
+                    choose, apet.cheapest_way = apet.cheapest_way, lambda *_, way=way: (0.0, way)
+                    use = apet._Linear(tuned._slots[0], layer)
+                    apet.cheapest_way = choose
+                    cost = clock(lambda use=use, x=x, dy=dy: use.entries(use.keep(x, dy), dy)) / unit
+                    cells.append(f"{way} {cost:10,.0f} ({cost / m:6.1f})")
+                chosen = apet.cheapest_way(*touched, m, "cpu")[1]
+                print(f"  {m:7,} entries in {touched[0]:5} rows, {touched[1]:5} columns: {'   '.join(cells)}   chosen: {chosen}")
+                tuned.remove()
+
+
+def figure() -> None:
+    """results/bench/growth.png: a step's ratio to the frozen bound against the budget and against the model's size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder = ROOT / "results" / "bench"
+    lines: dict[str, dict[int, float]] = {}
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text())
+        arguments = record["arguments"]
+        label = f"{arguments['shape']} ({record['total']:.2g}), {arguments['dtype']}, {arguments['batch']} x {arguments['source']}"
+        label = f"{label}, {record['machine'] if arguments['device'] == 'cuda' else 'CPU'}".replace("e+0", "e")
+        sizes[label] = record["total"]
+        for row in record["rows"]:
+            if row["method"].startswith("APET") and row["method"].endswith("auto"):
+                lines.setdefault(label, {})[row["tuned"]] = row["ratio"]
+            elif row["method"] == "full fine-tuning":
+                lines.setdefault(label, {})[record["total"]] = row["ratio"]
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for marker, label in zip("os^vDP*X", sorted(lines, key=sizes.get), strict=False):
+        points = sorted(lines[label].items())
+        left.plot(*zip(*points, strict=True), marker=marker, label=label)
+    for marker, k in zip("os^v", (100, 10_000, 100_000, 1_000_000), strict=True):
+        points = sorted((sizes[label], line[k]) for label, line in lines.items() if k in line and k < sizes[label])
+        if points:
+            right.plot(*zip(*points, strict=True), marker=marker, label=f"{k:,} scalars")
+    for axes, what in ((left, "tuned scalars (the last point: full fine-tuning)"), (right, "scalars of the model")):
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel=what, ylabel="step / frozen bound")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    plt.savefig(folder / "growth.png", dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=T5, default="t5-base")
@@ -246,10 +322,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="timed steps of the bound and of the method, in a round")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--memory", action="store_true", help="no timing: what fits on which GPU, by arithmetic")
+    parser.add_argument("--ways", action="store_true", help="only what COST in apet.py comes from")
+    parser.add_argument("--figure", action="store_true", help="only the figure, from the JSON files that are there")
     parser.add_argument("--name", help="of the JSON file; default: from the shape")
     args = parser.parse_args()
     if args.memory:
         return memory_table(args.batch, args.source, args.target)
+    if args.ways or args.figure:
+        return ways_table() if args.ways else figure()
     torch.manual_seed(0)
     model = build(args.shape, DTYPES[args.dtype], args.device, args.layers)
     if args.checkpointing:

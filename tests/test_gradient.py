@@ -159,6 +159,22 @@ def test_autocast_gives_autograds_gradient():
     close(apet.values.grad, expected({n: p.grad for n, p in reference.named_parameters()}, apet), rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("way", ["product", "single", "sampled"])
+def test_each_way_to_a_linear_layers_gradient_gives_autograds(monkeypatch, way, dtype):
+    monkeypatch.setattr("apet.cheapest_way", lambda *shape: (0, way))
+    torch.manual_seed(0)
+    layer, x = nn.Linear(300, 200).to(dtype), torch.randn(9, 130, 300, dtype=dtype)  # 1,170 tokens: "single" takes them in parts
+    reference = copy.deepcopy(layer).double()
+    reference(x.double()).square().sum().backward()
+    for budget in ("0.1%", 5_000):
+        apet = APET(layer, budget, where="weight", backend="gather")
+        assert layer._forward_hooks
+        layer(x).square().sum().backward()
+        close(apet.values.grad, expected({"weight": reference.weight.grad}, apet), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4)
+        apet.remove()
+
+
 def test_device_map_moves_between_devices_as_accelerate_does():
     """accelerate wraps each module's forward; the layer's own hooks see inputs from before its move."""
     accelerate = pytest.importorskip("accelerate")
