@@ -1769,7 +1769,7 @@ def train(
                     batch = coder.batch([coder.source(e) for e in mine], [coder.target(e) for e in mine], args.device)
                     part_loss = loss_sum(model, coder, batch) / count
                     part_loss.backward()
-                    loss += part_loss.detach()
+                    loss += part_loss.detach().to(loss.device)
             if world > 1:
                 for p in tuned.params.values():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -1,11 +1,15 @@
 """values.grad is autograd's dense gradient at the chosen entries, whatever the model, the budget and the path."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import MODELS, VOCAB, batch_for, build, dense_gradient
 from torch import nn
+from torch.utils import backend_registration
 
 from apet import APET
 
@@ -190,3 +194,11 @@ def test_device_map_moves_between_devices_as_accelerate_does():
     model(**batch).loss.backward()
     close(apet.values.grad, expected(grads, apet))
     assert not model.encoder.block[0].layer[0].SelfAttention.q.weight.requires_grad
+
+
+@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs torch 2.13")
+@pytest.mark.parametrize("what", ["models", "command"])
+def test_a_model_over_two_devices_trains_as_on_one(what):
+    pytest.importorskip("accelerate")
+    done = subprocess.run([sys.executable, Path(__file__).parent / "second_device.py", what], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
