@@ -2205,6 +2205,16 @@ def read_done(todo: list[argparse.Namespace], data: Data) -> dict[str, dict]:
     return done
 
 
+def check_shared(args: argparse.Namespace, todo: list[argparse.Namespace]) -> None:
+    """All processes must see the same results and states: what one skips, the others would wait in for ever."""
+    there = [os.path.exists(os.path.join(args.out, f"{cell.name}.{kind}")) for cell in todo for kind in ("json", "state")]
+    number = zlib.crc32(repr(there).encode())
+    seen = torch.tensor([number, -number], device=args.device)
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    if seen[0] != -seen[1]:
+        raise UserError(f"the processes do not see the same files in {args.out}: --out must be a folder that all nodes share")
+
+
 def run(argv: list[str] | None = None) -> None:
     """The whole command. Raises UserError, Interrupted."""
     args = settle(parser().parse_args(argv))
@@ -2217,6 +2227,8 @@ def run(argv: list[str] | None = None) -> None:
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"can't make the folder {args.out}: {e.strerror}") from None
+    if ranks()[1] > 1:
+        check_shared(args, todo)
     data = load_task(args)
     done = {} if args.export else read_done(todo, data)
     if len(done) < len(todo):

@@ -280,6 +280,20 @@ def test_a_signal_to_one_of_several_processes_stops_all_at_one_step_and_they_con
     assert [e["step"] for e in two["eval_curve"]] == [e["step"] for e in one["eval_curve"]]
 
 
+def test_processes_that_do_not_share_their_folder_say_so_and_do_not_wait(tmp_path):
+    argv = [*SMALL, "--budget", "100", "--out", "here"]
+    run("--budget", "100", out=tmp_path / "0" / "here")
+    (tmp_path / "1").mkdir()
+    script = tmp_path / "on_its_own_disk.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import apet; os.chdir(os.environ['RANK']); sys.exit(apet.main())"
+    )
+    line, environment = torchrun(2, *argv)
+    line[line.index(str(ROOT / "apet.py"))] = str(script)
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "--out must be a folder that all nodes share" in done.stderr
+
+
 def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
     argv = [
         "--model",
