@@ -49,6 +49,7 @@ import resource
 import signal
 import string
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -2227,6 +2228,11 @@ def run(argv: list[str] | None = None) -> None:
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise UserError(f"can't make the folder {args.out}: {e.strerror}") from None
+    for folder in (args.out, *([os.path.dirname(args.save) or "."] if args.save else ())):
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # better known now than after hours of training
+        except OSError as e:
+            raise UserError(f"can't write in the folder {folder}: {e.strerror}") from None
     if ranks()[1] > 1:
         check_shared(args, todo)
     data = load_task(args)

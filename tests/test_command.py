@@ -509,6 +509,8 @@ WRONG = {
     "pool": (["--pool", "mean"], "has no pooler"),
     "pool and export": (["--pool", "mean", "--export", "{tmp}/model"], "can't say that the head reads the mean"),
     "save": (["--budget", "1,2", "--save", "x"], "want one run, not a sweep of 2"),
+    "read-only out": (["--out", "/proc/self"], "can't write in the folder /proc/self: "),
+    "read-only save": (["--save", "/proc/self/delta"], "can't write in the folder /proc/self: "),
     "load": (["--load", "{tmp}/none.safetensors"], "there is no file"),
     "load text": (["--load", "{tmp}/text.jsonl"], "is not a safetensors file"),
     "load other": (["--load", str(TOY / "models/tiny/model.safetensors")], "is no delta of apet.py"),
