@@ -301,8 +301,10 @@ def figure() -> None:
     for axes, what in ((left, "tuned scalars (the last point: full fine-tuning)"), (right, "scalars of the model")):
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel=what, ylabel="step / frozen bound")
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    right.set_xlim(1e7, 10 ** max(9, *(len(str(size)) for size in sizes.values())))
     plt.savefig(folder / "growth.png", dpi=130)
 
 
