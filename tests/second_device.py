@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import batch_for, build
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -62,7 +62,7 @@ def on_second(op, *args, **kwargs):
     return tree_map(wrap, op(*args, **kwargs))
 
 
-factories = torch.library.Library("_", "IMPL")
+factories = library.Library("_", "IMPL")
 factories.fallback(on_second, "PrivateUse1")
 
 
