@@ -149,6 +149,23 @@ def test_tensors_of_no_tokens_and_frozen_inputs_are_no_error():
     assert apet.values.grad.shape == (5,)
 
 
+def test_the_gradient_is_added_to_whatever_tensor_values_grad_is():
+    torch.manual_seed(0)
+    model = build("conv")
+    batch = batch_for("conv")
+    grads = dense_gradient(copy.deepcopy(model), [batch])
+    apet = APET(model, "10%", backend="gather")
+    wanted = expected(grads, apet)
+    for start in (0.0, 1.0, None, 2.0):
+        apet.values.grad = None if start is None else torch.full_like(apet.values, start)
+        for times in (1, 2):
+            model(**batch).loss.backward()
+            close(apet.values.grad - (start or 0.0), times * wanted)
+    apet.values.grad.zero_()  # in place, as zero_grad(set_to_none=False) does
+    model(**batch).loss.backward()
+    close(apet.values.grad, wanted)
+
+
 def test_autocast_gives_autograds_gradient():
     model = build("bert")
     batch = batch_for("bert")
@@ -170,11 +187,13 @@ def test_each_way_to_a_linear_layers_gradient_gives_autograds(monkeypatch, way, 
     torch.manual_seed(0)
     layer, x = nn.Linear(300, 200).to(dtype), torch.randn(9, 130, 300, dtype=dtype)  # 1,170 tokens: "single" takes them in parts
     reference = copy.deepcopy(layer).double()
-    reference(x.double()).square().sum().backward()
+    for part in (x, x[0], x[0, 0]):  # many tokens, few, and a vector
+        reference(part.double()).square().sum().backward()
     for budget in ("0.1%", 5_000):
         apet = APET(layer, budget, where="weight", backend="gather")
         assert layer._forward_hooks
-        layer(x).square().sum().backward()
+        for part in (x, x[0], x[0, 0]):
+            layer(part).square().sum().backward()
         close(apet.values.grad, expected({"weight": reference.weight.grad}, apet), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4)
         apet.remove()
 
