@@ -3,6 +3,7 @@
 
     python tests/bench.py                                        # T5-base shapes, fp32, 8 x 128 tokens, 1e2 ... 1e7
     python tests/bench.py --shape t5-large --dtype bf16 --batch 32 --device cuda
+    python tests/bench.py --every t5-large,t5-3b,t5-11b --dtype bf16 --device cuda --budgets 1e4,1e6 --peers lora  # 9 min
     python tests/bench.py --ways                                 # what COST in apet.py comes from
     python tests/bench.py --figure                               # all of results/bench: ratio against budget and model size
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -35,6 +37,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "bench"
 sys.path.insert(0, str(ROOT))
 import apet
 from apet import APET
@@ -269,6 +272,34 @@ def ways_table() -> None:
                 tuned.remove()
 
 
+def every(args: argparse.Namespace) -> None:
+    """Each shape, 8 and 32 examples, without and with checkpointing: a process each, as one may not fit; then one table."""
+    end, lines = time.monotonic() + 60 * args.minutes, []
+    for shape, batch, saving in itertools.product(args.every.split(","), (8, 32), (False, True)):
+        name = f"{shape}-{args.dtype}-{batch}x{args.source}-{args.device}{'-ckpt' if saving else ''}"
+        command = [sys.executable, __file__, "--name", name, "--shape", shape, "--batch", str(batch)]
+        command += ["--checkpointing"] if saving else []
+        for option in ("dtype", "device", "source", "target", "budgets", "peers", "rounds", "pairs", "layers"):
+            if getattr(args, option) is not None:
+                command += [f"--{option}", str(getattr(args, option))]
+        head, left = f"{shape:9}{batch:4}{'  yes' if saving else '   no'}", end - time.monotonic()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 0.1))
+        except subprocess.TimeoutExpired:
+            lines.append(f"{head}   not measured: {args.minutes} minutes were over")
+            continue
+        print(done.stdout, flush=True)
+        if done.returncode:
+            lines.append(f"{head}   {'does not fit' if 'memory' in done.stderr else 'failed: ' + done.stderr.strip()[-300:]}")
+            continue
+        record = json.loads((RESULTS / f"{name}.json").read_text())
+        for row in record["rows"]:
+            speed = 1e3 * batch * (args.source + args.target) / row["ms"]
+            peak = f"{row['peak_bytes'] / 1e9:8.2f}" if "peak_bytes" in row else "       -"
+            lines.append(f"{head}   {row['method']:26}{row['ms']:10.1f}{row['ratio']:8.3f}{speed:11,.0f}{peak}")
+    print(f"{'shape':9}{'size':>4} ckpt   {'method':26}{'step ms':>10}{'ratio':>8}{'tokens/s':>11}{'peak GB':>8}", *lines, sep="\n")
+
+
 def figure() -> None:
     """results/bench/growth.png: a step's ratio to the frozen bound against the budget and against the model's size."""
     import matplotlib
@@ -276,14 +307,14 @@ def figure() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    folder = ROOT / "results" / "bench"
     lines: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(RESULTS.glob("*.json")):
         record = json.loads(file.read_text())
         arguments = record["arguments"]
         label = f"{arguments['shape']} ({record['total']:.2g}), {arguments['dtype']}, {arguments['batch']} x {arguments['source']}"
         label = f"{label}, {record['machine'] if arguments['device'] == 'cuda' else 'CPU'}".replace("e+0", "e")
+        label += ", checkpointing" if arguments["checkpointing"] else ""
         sizes[label] = record["total"]
         for row in record["rows"]:
             if row["method"].startswith("APET") and row["method"].endswith("auto"):
@@ -305,7 +336,7 @@ def figure() -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     right.set_xlim(1e7, 10 ** max(9, *(len(str(size)) for size in sizes.values())))
-    plt.savefig(folder / "growth.png", dpi=130)
+    plt.savefig(RESULTS / "growth.png", dpi=130)
 
 
 def main() -> None:
@@ -326,12 +357,16 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="no timing: what fits on which GPU, by arithmetic")
     parser.add_argument("--ways", action="store_true", help="only what COST in apet.py comes from")
     parser.add_argument("--figure", action="store_true", help="only the figure, from the JSON files that are there")
+    parser.add_argument("--every", metavar="SHAPES", help="these shapes, 8 and 32 examples, without and with checkpointing")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for --every; what is not done then is said")
     parser.add_argument("--name", help="of the JSON file; default: from the shape")
     args = parser.parse_args()
     if args.memory:
         return memory_table(args.batch, args.source, args.target)
     if args.ways or args.figure:
         return ways_table() if args.ways else figure()
+    if args.every:
+        return every(args)
     torch.manual_seed(0)
     model = build(args.shape, DTYPES[args.dtype], args.device, args.layers)
     if args.checkpointing:
@@ -403,10 +438,9 @@ def main() -> None:
         machine=torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} cores",
         torch=torch.__version__, transformers=transformers.__version__, arguments=vars(args), rows=rows,
     )  # fmt: skip
-    folder = ROOT / "results" / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     name = args.name or f"{args.shape}-{args.dtype}-{args.batch}x{args.source}-{args.device}"
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     bound_bytes = rows[0]["saved_bytes"]
     print(f"\n{args.shape} {args.dtype}, {args.batch} x {args.source} source and {args.target} target tokens, {record['machine']}")
     head = (
