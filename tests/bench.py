@@ -272,6 +272,41 @@ def ways_table() -> None:
                 tuned.remove()
 
 
+def table(record: dict) -> list[str]:
+    """The lines of a record's table; the first says what was measured, and where."""
+
+    def number(row: dict, key: str, form: str, unit: float = 1.0) -> str:
+        return format(row[key] / unit, form) if key in row else "-"
+
+    rows, a = record["rows"], record["arguments"]
+    cells = [
+        {
+            "method": r["method"],
+            "tuned": f"{r['tuned']:,}",
+            "step ms": f"{r['ms']:.0f}",
+            "ratio": f"{r['ratio']:.3f}",
+            "quartiles": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
+            "CPU": f"{r['cpu_ratio']:.3f}",
+            "saved MB": number(r, "saved_bytes", ".1f", 1e6),
+            "of bound": f"{r['saved_bytes'] / rows[0]['saved_bytes']:.3f}",
+            "grad MB": number(r, "gradient_bytes", ".2f", 1e6),
+            "opt MB": number(r, "optimizer_bytes", ".2f", 1e6),
+            "peak MB": number(r, "peak_bytes", ".0f", 1e6),
+            "file kB": number(r, "file_bytes", ".1f", 1e3),
+            "write ms": number(r, "write_ms", ".2f"),
+            "set up s": number(r, "setup_s", ".2f"),
+        }
+        for r in rows
+    ]
+    lines = [list(cells[0]), *(list(row.values()) for row in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = f"{a['shape']} {a['dtype']}, {a['batch']} x {a['source']} source and {a['target']} target tokens, {record['machine']}"
+    return [
+        title,
+        *("  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))) for line in lines),
+    ]
+
+
 def every(args: argparse.Namespace) -> None:
     """Each shape, 8 and 32 examples, without and with checkpointing: a process each, as one may not fit; then one table."""
     end, lines = time.monotonic() + 60 * args.minutes, []
@@ -301,7 +336,7 @@ def every(args: argparse.Namespace) -> None:
 
 
 def figure() -> None:
-    """results/bench/growth.png: a step's ratio to the frozen bound against the budget and against the model's size."""
+    """Of all JSON files in results/bench: tables.txt; growth.png, ratios to the frozen bound against budget and model size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -309,8 +344,10 @@ def figure() -> None:
 
     lines: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
+    tables = []
     for file in sorted(RESULTS.glob("*.json")):
         record = json.loads(file.read_text())
+        tables += [f"{file.name}: {record['command'].strip()} (commit {record['commit']}, {record['date']})", *table(record), ""]
         arguments = record["arguments"]
         label = f"{arguments['shape']} ({record['total']:.2g}), {arguments['dtype']}, {arguments['batch']} x {arguments['source']}"
         label = f"{label}, {record['machine'] if arguments['device'] == 'cuda' else 'CPU'}".replace("e+0", "e")
@@ -321,6 +358,7 @@ def figure() -> None:
                 lines.setdefault(label, {})[row["tuned"]] = row["ratio"]
             elif row["method"] == "full fine-tuning":
                 lines.setdefault(label, {})[record["total"]] = row["ratio"]
+    (RESULTS / "tables.txt").write_text("\n".join(tables))
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for marker, label in zip("os^vDP*X", sorted(lines, key=sizes.get), strict=False):
         points = sorted(lines[label].items())
@@ -441,33 +479,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = args.name or f"{args.shape}-{args.dtype}-{args.batch}x{args.source}-{args.device}"
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    bound_bytes = rows[0]["saved_bytes"]
-    print(f"\n{args.shape} {args.dtype}, {args.batch} x {args.source} source and {args.target} target tokens, {record['machine']}")
-    head = (
-        "method",
-        "tuned",
-        "step ms",
-        "ratio",
-        "quartiles",
-        "CPU",
-        "saved MB",
-        "ratio",
-        "grad MB",
-        "opt MB",
-        "peak MB",
-        "write ms",
-    )
-    lines = [head]
-    for r in rows:
-        lines.append((
-            r["method"], f"{r['tuned']:,}", f"{r['ms']:.0f}", f"{r['ratio']:.3f}", f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
-            f"{r['cpu_ratio']:.3f}", f"{r['saved_bytes'] / 1e6:.1f}", f"{r['saved_bytes'] / bound_bytes:.3f}",
-            f"{r['gradient_bytes'] / 1e6:.2f}", f"{r['optimizer_bytes'] / 1e6:.2f}",
-            f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "-", f"{r['write_ms']:.2f}" if "write_ms" in r else "-",
-        ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        print("  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))))
+    print("\n".join(("", *table(record))))
 
 
 if __name__ == "__main__":
