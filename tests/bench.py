@@ -5,7 +5,7 @@
     python tests/bench.py --shape t5-large --dtype bf16 --batch 32 --device cuda
     python tests/bench.py --every t5-large,t5-3b,t5-11b --dtype bf16 --device cuda --budgets 1e4,1e6 --peers lora  # 9 min
     python tests/bench.py --ways                                 # what COST in apet.py comes from
-    python tests/bench.py --figure                               # all of results/bench: ratio against budget and model size
+    python tests/bench.py --figure                               # of all in results/bench: tables.txt and growth.png
 
 The frozen bound is forward plus backward to the inputs of the same model, all weights frozen: what any method that
 tunes weights throughout the model has to pay. In each round every method is set up, warmed up, and timed in alternation
@@ -278,7 +278,8 @@ def table(record: dict) -> list[str]:
     def number(row: dict, key: str, form: str, unit: float = 1.0) -> str:
         return format(row[key] / unit, form) if key in row else "-"
 
-    rows, a = record["rows"], record["arguments"]
+    a, bound = record["arguments"], record["rows"][0]
+    rows = [bound, *sorted(record["rows"][1:], key=lambda r: (not r["method"].startswith("APET"), r["tuned"]))]
     cells = [
         {
             "method": r["method"],
@@ -288,7 +289,7 @@ def table(record: dict) -> list[str]:
             "quartiles": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
             "CPU": f"{r['cpu_ratio']:.3f}",
             "saved MB": number(r, "saved_bytes", ".1f", 1e6),
-            "of bound": f"{r['saved_bytes'] / rows[0]['saved_bytes']:.3f}",
+            "of bound": f"{r['saved_bytes'] / bound['saved_bytes']:.3f}",
             "grad MB": number(r, "gradient_bytes", ".2f", 1e6),
             "opt MB": number(r, "optimizer_bytes", ".2f", 1e6),
             "peak MB": number(r, "peak_bytes", ".0f", 1e6),
@@ -325,7 +326,8 @@ def every(args: argparse.Namespace) -> None:
             continue
         print(done.stdout, flush=True)
         if done.returncode:
-            lines.append(f"{head}   {'does not fit' if 'memory' in done.stderr else 'failed: ' + done.stderr.strip()[-300:]}")
+            error = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            lines.append(f"{head}   {'does not fit' if 'memory' in error else 'failed: ' + error[-300:]}")
             continue
         record = json.loads((RESULTS / f"{name}.json").read_text())
         for row in record["rows"]:
@@ -394,7 +396,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--memory", action="store_true", help="no timing: what fits on which GPU, by arithmetic")
     parser.add_argument("--ways", action="store_true", help="only what COST in apet.py comes from")
-    parser.add_argument("--figure", action="store_true", help="only the figure, from the JSON files that are there")
+    parser.add_argument("--figure", action="store_true", help="only the figure and the tables, from the JSON files that are there")
     parser.add_argument("--every", metavar="SHAPES", help="these shapes, 8 and 32 examples, without and with checkpointing")
     parser.add_argument("--minutes", type=float, default=8.5, help="for --every; what is not done then is said")
     parser.add_argument("--name", help="of the JSON file; default: from the shape")
