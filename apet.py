@@ -236,12 +236,21 @@ def _draw(n: int, k: int, bits: np.random.PCG64, ordered: bool = False) -> np.nd
         keep = np.ones(n, dtype=bool)
         keep[_draw(n, n - k, bits)] = False
         return np.flatnonzero(keep)
+
+    def draw(count: int) -> np.ndarray:
+        return (bits.random_raw(count) % np.uint64(n)).view(np.int64)
+
+    # What was drawn before is drawn again; never more than k, so nothing has to be thrown away.
+    if not ordered and 32 * k > n:  # many: a mark for each is faster than sorting
+        keep = np.zeros(n, dtype=bool)
+        while missing := k - np.count_nonzero(keep):
+            keep[draw(missing)] = True
+        return np.flatnonzero(keep)
     drawn = np.empty(0, dtype=np.int64)
-    while len(drawn) < k:  # what was drawn before is drawn again; never more than k, so nothing has to be thrown away
-        more = (bits.random_raw(k - len(drawn)) % np.uint64(n)).astype(np.int64)
-        drawn, first = np.unique(np.concatenate([drawn, more]), return_index=True)
-        if ordered:
-            drawn = drawn[np.argsort(first)]
+    while len(drawn) < k:
+        drawn = np.concatenate([drawn, draw(k - len(drawn))])
+        first = np.unique(drawn, return_index=True)[1]
+        drawn = drawn[np.sort(first) if ordered else first]
     return drawn
 
 
@@ -607,7 +616,7 @@ class _Slot:
         """Than a dense gradient; in multiply-adds per token, see COST."""
         device, dense, m = self.weight.device.type, self.weight.numel(), len(self.index)
         if any(type(module) is nn.Linear for module in modules):
-            rows, cols = (len(x.unique()) for x in self.rows_and_columns())
+            rows, cols = (int(x.bincount().count_nonzero()) for x in self.rows_and_columns())
             cost = COST["cpu" if device == "cpu" else "cuda"]
             return cheapest_way(rows, cols, m, device)[0] + cost["line"] * cols + cost["call"] < dense
         return self.weight.shape[0] >= 512 and m < dense // 4  # an embedding: the dense gradient costs its own size
@@ -638,8 +647,9 @@ class _Linear:
     @staticmethod
     def distinct(index: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
         """(the distinct ones, the place of each among them); (None, index) if they are nearly all: no need to copy them."""
-        lines, place = index.unique(return_inverse=True)
-        return (lines, place) if len(lines) < 0.9 * size else (None, index)
+        touched = torch.bincount(index, minlength=size) > 0
+        lines = touched.nonzero().squeeze(1)
+        return (lines, touched.cumsum(0)[index] - 1) if len(lines) < 0.9 * size else (None, index)
 
     def before(self, *_: object) -> None:
         if torch.is_grad_enabled():

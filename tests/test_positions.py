@@ -141,11 +141,13 @@ def test_same_positions_on_every_machine():
     assert digest.hexdigest()[:16] == "b30e9a166e130853"
 
 
-def test_first_draws_are_the_raw_stream_by_hand():
-    bits = np.random.PCG64(np.random.SeedSequence(3))
-    by_hand = sorted({int(x) % 1000 for x in bits.random_raw(5)})
-    assert len(by_hand) == 5
-    assert select_positions(nn.Linear(1000, 1, bias=False), 5, seed=3)["weight"].tolist() == by_hand
+@pytest.mark.parametrize("k", [5, 31, 32, 400, 501, 990, 1000])  # sorted, marked, and the few that are left out
+def test_draws_are_the_raw_stream_by_hand(k):
+    bits, by_hand = np.random.PCG64(np.random.SeedSequence(3)), set()
+    while len(by_hand) < min(k, 1000 - k):  # one at a time; what was drawn before does not count
+        by_hand.add(int(bits.random_raw()) % 1000)
+    expected = set(range(1000)) - by_hand if k > 500 else by_hand
+    assert select_positions(nn.Linear(1000, 1, bias=False), k, seed=3)["weight"].tolist() == sorted(expected)
 
 
 ELEVEN_BILLION = """
