@@ -54,7 +54,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # a name that peft st
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(shape: str, dtype: torch.dtype, device: str, layers: int | None) -> torch.nn.Module:
+def build(shape: str, dtype: torch.dtype, device: str, layers: int | None, one_memory: bool = False) -> torch.nn.Module:
+    """one_memory: parameters of equal shape lie in the same memory, for models that are larger than it."""
     d_model, d_ff, depth, heads, d_kv = T5[shape]
     layers = layers or depth
     config = transformers.T5Config(
@@ -62,8 +63,12 @@ def build(shape: str, dtype: torch.dtype, device: str, layers: int | None) -> to
         decoder_start_token_id=0, use_cache=False,
     )  # fmt: skip
     torch.set_default_dtype(dtype)
-    with torch.device(device):
+    with torch.device("meta" if one_memory else device):
         model = transformers.T5ForConditionalGeneration(config)
+    if one_memory:
+        stock = {p.shape: torch.randn(p.shape, device=device) / p.shape[-1] ** 0.5 for p in model.parameters()}
+        model.load_state_dict({name: stock[p.shape] for name, p in model.state_dict().items()}, assign=True)
+        model.tie_weights()
     torch.set_default_dtype(torch.float32)
     return model.train()
 
@@ -394,6 +399,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each method is set up anew in each")
     parser.add_argument("--pairs", type=int, default=4, help="timed steps of the bound and of the method, in a round")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--one-memory", action="store_true", help="parameters of equal shape share memory: speed alone is real")
     parser.add_argument("--memory", action="store_true", help="no timing: what fits on which GPU, by arithmetic")
     parser.add_argument("--ways", action="store_true", help="only what COST in apet.py comes from")
     parser.add_argument("--figure", action="store_true", help="only the figure and the tables, from the JSON files that are there")
@@ -408,7 +414,7 @@ def main() -> None:
     if args.every:
         return every(args)
     torch.manual_seed(0)
-    model = build(args.shape, DTYPES[args.dtype], args.device, args.layers)
+    model = build(args.shape, DTYPES[args.dtype], args.device, args.layers, args.one_memory)
     if args.checkpointing:
         checkpointing(model)
     total = sum(p.numel() for p in model.parameters())
