@@ -349,7 +349,7 @@ def figure() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines: dict[str, dict[int, float]] = {}
+    lines: dict[str, dict[int, tuple[int, float]]] = {}  # label: {scalars: (pairs, ratio)}; of several runs the one of most pairs
     sizes: dict[str, int] = {}
     tables = []
     for file in sorted(RESULTS.glob("*.json")):
@@ -360,18 +360,17 @@ def figure() -> None:
         label = f"{label}, {record['machine'] if arguments['device'] == 'cuda' else 'CPU'}".replace("e+0", "e")
         label += ", checkpointing" if arguments["checkpointing"] else ""
         sizes[label] = record["total"]
+        line = lines.setdefault(label, {})
         for row in record["rows"]:
-            if row["method"].startswith("APET") and row["method"].endswith("auto"):
-                lines.setdefault(label, {})[row["tuned"]] = row["ratio"]
-            elif row["method"] == "full fine-tuning":
-                lines.setdefault(label, {})[record["total"]] = row["ratio"]
+            if (row["method"].startswith("APET") and row["method"].endswith("auto")) or row["method"] == "full fine-tuning":
+                line[row["tuned"]] = max(line.get(row["tuned"], (0, 0.0)), (row["pairs"], row["ratio"]))
     (RESULTS / "tables.txt").write_text("\n".join(tables))
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for marker, label in zip("os^vDP*X", sorted(lines, key=sizes.get), strict=False):
-        points = sorted(lines[label].items())
+        points = sorted((k, ratio) for k, (_, ratio) in lines[label].items())
         left.plot(*zip(*points, strict=True), marker=marker, label=label)
     for marker, k in zip("os^v", (100, 10_000, 100_000, 1_000_000), strict=True):
-        points = sorted((sizes[label], line[k]) for label, line in lines.items() if k in line and k < sizes[label])
+        points = sorted((sizes[label], line[k][1]) for label, line in lines.items() if k in line and k < sizes[label])
         if points:
             right.plot(*zip(*points, strict=True), marker=marker, label=f"{k:,} scalars")
     for axes, what in ((left, "tuned scalars (the last point: full fine-tuning)"), (right, "scalars of the model")):
