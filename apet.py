@@ -22,9 +22,9 @@ After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient T
     python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a cell
     torchrun --nproc_per_node 4 apet.py --model t5-3b --task mnli   data-parallel
 
-The file reads from top to bottom: positions (where) - the APET class (how) - the other methods - tasks - models - batches
-and scores - training - the command line. Whoever wants the method alone copies the first third, down to "The other methods",
-with `save_tensors` and `load_tensors`. What was measured: README.md.
+The file reads from top to bottom: positions (where) - the APET class (how) - files - the other methods - tasks - models -
+batches and scores - training - the command line. Whoever wants the method alone copies the first third, down to "The other
+methods". What was measured: README.md.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +66,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -87,6 +87,7 @@ def one_of(word: object, known: Iterable[str], what: str) -> str:
 
 MASKS = ("random", "row", "column", "block", "tensor", "magnitude", "gradient")
 WHERE = ("all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder")  # and layers:0-3, or a regex
+COUNTED = ("lora", "adapter", "prompt", "bitfit")  # methods whose size is a budget
 BLOCK = 16  # side of a tile of mask "block"
 
 ATTENTION = r"attention|attn|query_key_value|(^|\.)[qkvo](_proj|_lin)?\.|(^|\.)out_proj\."
@@ -409,6 +410,9 @@ def columns(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(1, index)
 
 
+TUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models that have an APET
+
+
 class APET:
     """Tunes exactly `budget` scalars of `model`, in place: `values` holds them in fp32, `write()` copies them back.
 
@@ -419,7 +423,7 @@ class APET:
     The model is frozen but keeps its modules, forward, dtype and device; move it to its device first. Every entry outside
     `positions` stays bit-identical. `values.grad` accumulates over backward passes as any parameter's.
 
-    model, budget, mask, seed, where, batches: see `select_positions`.
+    model, budget, mask, seed, where, batches: see `select_positions`; without a budget, 10,000 scalars or all of an own mask.
     backend: how gradients are taken. "hook": autograd's dense gradient of each touched parameter, one at a time, gathered
         and dropped; works for all parameters. "gather": for nn.Linear and nn.Embedding only the chosen entries are ever
         computed, from tokens x chosen columns saved in the forward; the rest as "hook". "auto": the cheaper one for each.
@@ -432,7 +436,7 @@ class APET:
     def __init__(
         self,
         model: nn.Module,
-        budget: int | float | str | None = 10_000,
+        budget: int | float | str | None = None,
         mask: str | Mapping[str, Iterable[int]] = "random",
         seed: int = 0,
         *,
@@ -441,11 +445,16 @@ class APET:
         batches: Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None = None,
     ):
         one_of(backend, ("auto", "hook", "gather"), "backend")
+        budget = 10_000 if budget is None and isinstance(mask, str) else budget
         self.positions = select_positions(model, budget, mask, seed, where, batches)
         self.about = dict(mask=mask if isinstance(mask, str) else "own", seed=str(seed), where=str(where))
         named = dict(model.named_parameters())
         if any(named[n].is_meta for n in self.positions):
             raise UserError("the model is on the meta device (or offloaded): load its weights before tuning them")
+        if model in TUNED:
+            raise UserError("this model has an APET already: remove() that one first")
+        TUNED.add(model)
+        self._model = weakref.ref(model)
         self._flags = [(p, p.requires_grad) for p in named.values()]
         for p in named.values():
             p.requires_grad_(False)
@@ -457,10 +466,8 @@ class APET:
                 users.setdefault(id(m.weight), []).append(m)
         self._slots: list[_Slot] = []
         self._handles = []
-        self._armed: list[nn.Parameter] = []  # weights of the gather path, see _arm
         self._lock = threading.Lock()  # autograd runs a thread for each device
         self._grad, self._pieces = None, ()  # values.grad, and each slot's part of it
-        self._disarming = False
         self._sizes = [len(index) for index in self.positions.values()]
         for name, index in self.positions.items():
             slot = _Slot(self, named[name], index, len(self._slots))
@@ -469,35 +476,12 @@ class APET:
             slot.weight.requires_grad_(True)
             self._handles.append(slot.weight.register_post_accumulate_grad_hook(slot.take_dense))
             if modules and backend != "hook" and (backend == "gather" or slot.gather_is_cheaper(modules)):
-                slot.weight.requires_grad_(False)
-                self._armed.append(slot.weight)
                 for m in modules:
                     use = _Linear(slot, m) if type(m) is nn.Linear else _Embedding(slot, m)
                     self._handles.append(m.register_forward_pre_hook(use.before))
                     self._handles.append(m.register_forward_hook(use.after, prepend=True, with_kwargs=True))
-        if self._armed:
-            self._handles.append(model.register_forward_pre_hook(self._arm, prepend=True))
         device = self._slots[0].weight.device
         self.values = nn.Parameter(torch.cat([s.original.to(device, torch.float32) for s in self._slots]))
-
-    # A weight of the gather path is frozen, so that autograd forms no dense gradient of it. But a model may also use it
-    # without calling the layer that holds it (F.linear(h, self.embed.weight)). So from the start of a forward to the end
-    # of the backward it requires a gradient everywhere but inside its own layers, and such a use takes the hook path.
-    def _arm(self, *_: object) -> None:
-        if torch.is_grad_enabled():
-            self._disarming = False
-            for weight in self._armed:
-                weight.requires_grad_(True)
-
-    def _disarm(self) -> None:
-        self._disarming = False
-        for weight in self._armed:
-            weight.requires_grad_(False)
-
-    def _disarm_after_backward(self) -> None:
-        if not self._disarming:
-            self._disarming = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
 
     def _accumulate(self, slot: _Slot, grad: Tensor) -> None:
         """values.grad[slot] += grad"""
@@ -527,8 +511,13 @@ class APET:
             slot.put(slot.original.to(slot.weight.device, slot.weight.dtype))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """write() after each optimizer.step(), until remove()."""
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.write()))
+        """write() after each optimizer.step(), until remove(); and values.grad = None, which Trainer's model.zero_grad() leaves."""
+
+        def after_step(*_: object) -> None:
+            self.write()
+            self.values.grad = None
+
+        self._handles.append(optimizer.register_step_post_hook(after_step))
 
     def remove(self) -> None:
         """Take all hooks off the model; its weights stay as they are, and require gradients as before APET."""
@@ -537,6 +526,8 @@ class APET:
         self._handles.clear()
         for p, flag in self._flags:
             p.requires_grad_(flag)
+        if (model := self._model()) is not None:
+            TUNED.discard(model)
 
     def save(self, file: str | os.PathLike, more: Mapping[str, Tensor] | None = None, **about: str) -> None:
         """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
@@ -625,6 +616,8 @@ class _Slot:
 class _Linear:
     """One nn.Linear of the gather path: dL/dW[i, j] = sum over tokens of dY[t, i] X[t, j], at the chosen (i, j) alone."""
 
+    slot: _Slot | None = None
+
     def __init__(self, slot: _Slot, module: nn.Linear):
         self.slot = slot
         row, col = slot.rows_and_columns()
@@ -644,6 +637,9 @@ class _Linear:
                 warnings.simplefilter("ignore")
                 self.csr = torch.sparse_csr_tensor(ends, self.col, torch.zeros(len(row)), size=(height, width))
 
+    def __reduce__(self) -> tuple:  # in a copy of the model (deepcopy, pickle) the hooks do nothing
+        return object.__new__, (type(self),)
+
     @staticmethod
     def distinct(index: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
         """(the distinct ones, the place of each among them); (None, index) if they are nearly all: no need to copy them."""
@@ -651,12 +647,14 @@ class _Linear:
         lines = touched.nonzero().squeeze(1)
         return (lines, touched.cumsum(0)[index] - 1) if len(lines) < 0.9 * size else (None, index)
 
+    # Inside its own layer the weight is frozen, so that autograd forms no dense gradient of it. Wherever else the model may
+    # use it (F.linear(h, self.embed.weight)), it requires one, which takes the hook path.
     def before(self, *_: object) -> None:
-        if torch.is_grad_enabled():
+        if self.slot and torch.is_grad_enabled():
             self.slot.weight.requires_grad_(False)
 
     def after(self, module: nn.Linear, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
+        if not self.slot or not torch.is_grad_enabled():
             return None
         self.slot.weight.requires_grad_(True)
         return _Tap.apply(output, self.slot.apet.values, self, (args[0] if args else kwargs["input"],))
@@ -703,7 +701,8 @@ class _Linear:
 class _Embedding:
     """One nn.Embedding of the gather path: the output's gradient, summed over equal tokens of the batch, then gathered."""
 
-    before = _Linear.before
+    slot: _Slot | None = None
+    before, __reduce__ = _Linear.before, _Linear.__reduce__
 
     def __init__(self, slot: _Slot, module: nn.Embedding):
         self.slot = slot
@@ -712,7 +711,7 @@ class _Embedding:
         self.padding = module.padding_idx
 
     def after(self, module: nn.Embedding, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
+        if not self.slot or not torch.is_grad_enabled():
             return None
         self.slot.weight.requires_grad_(True)
         ids = args[0] if args else kwargs["input"]
@@ -751,7 +750,6 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         slot = ctx.use.slot
-        slot.apet._disarm_after_backward()
         (kept,) = ctx.saved_tensors
         if grad.numel():
             slot.apet._accumulate(slot, ctx.use.entries(kept, grad))
@@ -759,10 +757,68 @@ class _Tap(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(tensors: dict[str, Tensor], file: str | os.PathLike, about: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then rename it: whoever reads sees all of it or nothing."""
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    write_file(file, save(tensors, metadata={key: str(value) for key, value in about.items()}))
+
+
+def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; a UserError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(file):
+        raise UserError(f"there is no file {file}")
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file} is not a safetensors file: {e}") from None
+
+
+def write_file(file: str | os.PathLike, content: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename; what a process that was killed here left is removed."""
+    folder, name = os.path.split(os.path.abspath(file))
+    mine = f".{name}.{platform.node()}-"
+    temporary = os.path.join(folder, f"{mine}{os.getpid()}.tmp")
+    try:
+        for other in os.listdir(folder):
+            number = other.removeprefix(mine).removesuffix(".tmp")
+            if other.startswith(mine) and number.isdecimal() and not is_running(int(number)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, other))
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    except OSError as e:
+        raise UserError(f"can't write {file}: {e.strerror}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The other methods of the paper
 # ----------------------------------------------------------------------------------------------------------------------
 
-COUNTED = ("lora", "adapter", "prompt", "bitfit")  # methods whose size is a budget
 METHODS = ("apet", "full", *COUNTED, "none")
 LORA_RANK, LORA_ALPHA, ADAPTER_WIDTH, PROMPT_TOKENS = 8, 16, 24, 100  # the authors'
 QUERY_VALUE = r"(SelfAttention\.[qv]|(attention|self)\.(query|value)|query_key_value|c_attn|[qv]_(proj|lin))$"
@@ -894,65 +950,6 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def save_tensors(tensors: dict[str, Tensor], file: str | os.PathLike, about: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then rename it: whoever reads sees all of it or nothing."""
-    from safetensors.torch import save
-
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    write_file(file, save(tensors, metadata={key: str(value) for key, value in about.items()}))
-
-
-def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; a UserError if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(file):
-        raise UserError(f"there is no file {file}")
-    try:
-        with safe_open(file, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file} is not a safetensors file: {e}") from None
-
-
-def write_file(file: str | os.PathLike, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename; what a process that was killed here left is removed."""
-    folder, name = os.path.split(os.path.abspath(file))
-    mine = f".{name}.{platform.node()}-"
-    temporary = os.path.join(folder, f"{mine}{os.getpid()}.tmp")
-    try:
-        for other in os.listdir(folder):
-            number = other.removeprefix(mine).removesuffix(".tmp")
-            if other.startswith(mine) and number.isdecimal() and not is_running(int(number)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, other))
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    except OSError as e:
-        raise UserError(f"can't write {file}: {e.strerror}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Tasks: what is tuned for
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1044,9 +1041,10 @@ def load_task(args: argparse.Namespace) -> Data:
             raise UserError(f"{task.source} has no column {name!r}; there are {', '.join(first)}")
     if not fields:
         raise UserError(f"{task.source}: which columns are the text? --text-fields A,B; there are {', '.join(first)}")
-    words = task.words if task.words is not None else hub_words.get(label) or find_words(splits, label)
+    named = task.words if task.words is not None else hub_words.get(label) or None
+    words = find_words(splits, label) if named is None else named
     metric = task.metric or ("accuracy" if words else "squad" if isinstance(first[label], list) else "rouge")
-    made = {name: to_examples(rows, fields, label, words, f"{task.source} ({name})") for name, rows in splits.items()}
+    made = {name: to_examples(rows, fields, label, words, bool(named), f"{task.source} ({name})") for name, rows in splits.items()}
     made = {name: examples for name, examples in made.items() if examples}
     dropped = {name: len(rows) - len(made.get(name, ())) for name, rows in splits.items()}
     if any(dropped.values()):
@@ -1183,7 +1181,12 @@ def read_jsonl(file: str) -> list[dict]:
 
 def read_table(file: str) -> list[dict]:
     with open(file, encoding="utf-8-sig", newline="") as f:
-        return list(csv.DictReader(f, delimiter="\t" if file.endswith(".tsv") else ","))
+        rows = list(csv.DictReader(f, delimiter="\t" if file.endswith(".tsv") else ","))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            what = "more" if None in row else "fewer"
+            raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
+    return rows
 
 
 def read_parquet(file: str) -> list[dict]:
@@ -1200,8 +1203,13 @@ def read_parquet(file: str) -> list[dict]:
 READERS = {".jsonl": read_jsonl, ".csv": read_table, ".tsv": read_table, ".parquet": read_parquet}
 
 
-def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tuple[str, ...], where: str) -> list[Example]:
-    """Rows as text, in the authors' format; rows in which a field is missing or empty are left out."""
+def to_examples(
+    rows: list[dict], fields: tuple[str, ...], label: str, words: tuple[str, ...], numbered: bool, where: str
+) -> list[Example]:
+    """Rows as text, in the authors' format; rows in which a field is missing or empty are left out.
+
+    numbered: a label may be its word's place among `words`, as in the hub's class labels; else it is a word.
+    """
     out = []
     for number, row in enumerate(rows, 1):
         values = [row.get(name) for name in fields]
@@ -1215,7 +1223,8 @@ def to_examples(rows: list[dict], fields: tuple[str, ...], label: str, words: tu
             out.append(Example(texts, source, answers[0], -1, answers))
             continue
         try:
-            index = words.index(str(target)) if str(target) in words else float(target)
+            place = numbered and (isinstance(target, int) or str(target) not in words)
+            index = float(target) if place else words.index(str(target))
             if index not in range(len(words)):
                 raise ValueError
         except (ValueError, TypeError):
@@ -1387,11 +1396,17 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         }
         more = {"num_labels": len(words)} if family == "encoder" else {}
         more |= {"device_map": args.device_map} if args.device_map else {}
-        model = auto[family].from_pretrained(path, dtype=DTYPES[args.dtype], **more)
+        torch.manual_seed(0)  # for weights that the checkpoint lacks
+        model, loaded = auto[family].from_pretrained(path, dtype=DTYPES[args.dtype], output_loading_info=True, **more)
     except UserError:
         raise
     except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
         raise UserError(hub_trouble("the model", path, online, e)) from None
+    base = {id(p) for p in base_of(model).parameters()}
+    made = sorted(n for n in loaded["missing_keys"] if id(dict(model.named_parameters()).get(n)) in base)
+    if made and not (args.pool == "mean" and all("pooler" in n for n in made)):
+        hint = "; --pool mean reads the last hidden states instead" if all("pooler" in n for n in made) else ""
+        say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: drawn at random, always the same{hint}")
     if not args.device_map:
         model.to(args.device)
     if args.pool == "mean":
@@ -1413,6 +1428,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
             "path": args.model if os.path.isdir(path) else path,
             "revision": found[1] if found else folder_revision(path) if os.path.isdir(path) else "?",
             "family": family,
+            **({"drawn at random, as the checkpoint lacks them": made} if made else {}),
         },
     )
 
@@ -1784,6 +1800,8 @@ def train(
         if in_main_thread()
         else {}
     )
+    from tqdm import tqdm
+
     bar = tqdm(
         total=args.steps, initial=record["step"], disable=rank > 0, unit="step", desc=args.label, mininterval=0.5, leave=False
     )
@@ -1855,6 +1873,9 @@ def in_main_thread() -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+DATA_FLAGS = ("text_fields", "label_field", "max_source_length", "max_target_length")  # a delta says which it was made with
+
+
 def parser() -> argparse.ArgumentParser:
     """Every flag, with its default's reason. None stands for a default that depends on the others; see `settle`."""
     about, raw = __doc__.split("\n\nThe file")[0], argparse.RawDescriptionHelpFormatter
@@ -1882,8 +1903,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", help="optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", default="32", help="examples a step, over all micro-batches and processes (default: 32, the authors')")
     add("--grad-accum", default="1", help="micro-batches a step, each of examples of like length")
-    add("--max-source-length", default="128", help="tokens (default: 128, the authors')")
-    add("--max-target-length", default="128", help="tokens, end of sequence included")
+    add("--max-source-length", help="tokens (default: 128, the authors')")
+    add("--max-target-length", help="tokens, end of sequence included (default: 128, the authors')")
     add("--eval-every", help="steps between evaluations (default: a twentieth of all, the authors'; a quarter for the toy tasks)")
     add("--eval-batch-size", default="64", help="examples a batch in evaluation")
     add("--train-size", help="use that many training examples (fixed choice)")
@@ -1932,6 +1953,9 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"{args.load} is no delta of apet.py")
         args.method, args.insert = about.get("method", "apet"), about.get("insert", "")
         args.pool = about.get("pool", "cls")
+        other = args.task not in (None, about.get("task"))  # its columns have other names
+        for name in DATA_FLAGS[2:] if other else DATA_FLAGS:
+            setattr(args, name, getattr(args, name) or about.get(name))
     args.model = about.get("model", "toy-base") if args.model is None else args.model
     args.task = about.get("task", "toy-sentiment") if args.task is None else args.task
     toy = args.task.startswith("toy-")
@@ -1943,6 +1967,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     args.budget = split(args.budget, "budget", str)
     args.mask_seed, args.seed = split(args.mask_seed, "mask-seed", seed), split(args.seed, "seed", seed)
     args.lr = split(args.lr, "lr", rate)
+    args.max_source_length, args.max_target_length = args.max_source_length or "128", args.max_target_length or "128"
     args.steps = parse_count(args.steps or (600 if toy else 20_000), "--steps")
     args.eval_every = parse_count(args.eval_every or max(1, args.steps // (4 if toy else 20)), "--eval-every")
     for name in (
@@ -2097,6 +2122,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
         if ranks()[0] == 0:
             about = {"model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
             about |= {"pool": args.pool} if args.pool != "cls" else {}
+            about |= {n: getattr(args, n) for n in DATA_FLAGS if getattr(args, n) is not None}
             if tuned.apet and not args.load:
                 result["delta"] = args.save or f"{file}.safetensors"
                 tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
@@ -2272,6 +2298,8 @@ def run(argv: list[str] | None = None) -> None:
     if len(done) < len(todo):
         say(f"loading {args.model}")
         model, tokenizer, facts = load_model(args, data.words)
+        for name, n in data.about.get("rows without text or label, dropped", {}).items():
+            say(f"{args.task}: {n:,} rows of {name} have no text or no label (-1 means none) and are left out")
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
         for budget in [b for b in args.budget if "apet" in args.method and not args.load]:
             parse_budget(budget, base_of(model))  # a wrong one is known before the first cell has run

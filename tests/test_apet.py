@@ -2,8 +2,8 @@
 
 import copy
 import gc
+import io
 import json
-import math
 import subprocess
 import sys
 import weakref
@@ -193,7 +193,9 @@ def test_a_delta_is_small(tmp_path):
         )
     model.to_empty(device="cpu")
     for k in (1, 1000, 10_000, 100_000):
-        APET(model, k).save(tmp_path / "d.safetensors")
+        apet = APET(model, k)
+        apet.save(tmp_path / "d.safetensors")
+        apet.remove()
         assert (tmp_path / "d.safetensors").stat().st_size <= 8 * k + 6_000
 
 
@@ -289,26 +291,87 @@ def test_every_torch_optimizer_lowers_the_loss(optimizer):
     assert model(**batch).loss.item() < before
 
 
-def test_hugging_face_trainer_trains_it(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_hugging_face_trainer_takes_the_steps_of_a_loop_by_hand(tmp_path, accumulate):
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
-    model, batch = build("t5"), batch_for("t5", size=8)
+    model, by_hand = build("t5"), build("t5")
+    batch = {k: v[:1].repeat_interleave(8, 0) for k, v in batch_for("t5").items()}  # any order, any split gives the same mean
     rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
     before = bits(model)
-    apet = APET(model, 2000)
-    optimizer = torch.optim.AdamW([apet.values], lr=3e-2)
+    apet, other = APET(model, 2000), APET(by_hand, 2000)
+    optimizer, others = torch.optim.SGD([apet.values], lr=0.1), torch.optim.SGD([other.values], lr=0.1)
     apet.attach(optimizer)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=8 // accumulate, report_to=[], save_strategy="no",
+        gradient_accumulation_steps=accumulate, lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True,
+        logging_strategy="no",
     )  # fmt: skip
-    loss = model(**batch).loss.item()
-    Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
-    with torch.no_grad():
-        assert model(**batch).loss.item() < 0.7 * loss and math.isfinite(loss)
+    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    parts = accumulate if trainer.model_accepts_loss_kwargs else 1  # Trainer then leaves it to the model to divide by them
+    start = other.values.detach().clone()
+    for _ in range(5):
+        others.zero_grad()
+        (parts * by_hand(**batch).loss).backward()
+        others.step()
+        other.write()
+    assert torch.allclose(apet.values - start, other.values - start, rtol=1e-3, atol=1e-6) and not torch.equal(start, apet.values)
     apet.restore()
     assert same(before, bits(model))
+
+
+def test_lbfgs_moves_if_its_closure_writes():
+    model, batch = build("bert"), batch_for("bert")
+    apet = APET(model, 3000)
+    optimizer = torch.optim.LBFGS([apet.values], lr=0.1)
+    losses = []
+
+    def closure():
+        apet.write()
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    optimizer.step(closure)
+    assert losses[-1] < losses[0]
+
+
+def test_one_apet_a_model_and_copies_are_plain():
+    model, batch = build("t5"), batch_for("t5")
+    apet = APET(model, 2000, backend="gather")
+    with pytest.raises(ValueError, match="has an APET already"):
+        APET(model, 10)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        other(**batch).loss.backward()  # a copy is a plain model: its gradients are autograd's, the APET sees none of them
+        assert other.shared.weight.grad is not None and apet.values.grad is None and same(bits(model), bits(other))
+        APET(other, 10).remove()
+    apet.remove()
+    APET(model, mask={"shared.weight": [1, 2]})
+
+
+def test_the_first_part_of_the_file_stands_alone(tmp_path):
+    source = (ROOT / "apet.py").read_text()
+    (tmp_path / "part.py").write_text(source[: source.index("# The other methods")])
+    use = """
+import sys, torch, part
+apet = part.APET(torch.nn.Linear(30, 20), "1%")
+apet.save("delta")
+apet.remove()
+assert part.APET.load(torch.nn.Linear(30, 20), "delta").values.equal(apet.values)
+try:
+    part.APET(torch.nn.Linear(3, 2), 0)
+except ValueError:
+    assert not {"transformers", "datasets"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 USE = """

@@ -88,6 +88,39 @@ def test_a_saved_delta_knows_its_model_and_task(tmp_path):
     assert (loaded["arguments"]["model"], loaded["arguments"]["task"]) == ("toy-tiny", "toy-paraphrase")
 
 
+def test_a_saved_delta_knows_its_columns_and_lengths(tmp_path):
+    rows = [{"title": f"title {i}", "body": f"body {i}", "stars": i % 2, "label": "xy"[i // 2 % 2]} for i in range(100)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--task", tmp_path / "data.jsonl", "--text-fields", "body", "--label-field", "stars", "--max-source-length", "20"]
+    run("--budget", "50", *argv, out=tmp_path / "a")
+    trained = only(tmp_path / "a")
+    assert apet.main(["--load", trained["delta"], "--eval-size", "32", "--out", str(tmp_path / "b")]) == 0
+    loaded = only(tmp_path / "b")
+    assert (loaded["labels"], loaded["score"]) == (trained["labels"], trained["score"]) and loaded["labels"] == ["0", "1"]
+    names = ("text_fields", "label_field", "max_source_length", "max_target_length")
+    assert [loaded["arguments"][n] for n in names] == [trained["arguments"][n] for n in names] == ["body", "stars", 20, 128]
+
+
+def test_weights_that_a_checkpoint_lacks_are_the_same_in_every_run_and_are_named(tmp_path, capsys):
+    whole = build("bert")
+    weights = {n: w for n, w in whole.state_dict().items() if "pooler" not in n and "classifier" not in n}
+    whole.save_pretrained(tmp_path / "model", state_dict=weights)
+    shutil.copy(TOY / "models/tiny/tokenizer.json", tmp_path / "model")
+    shutil.copy(TOY / "models/tiny/tokenizer_config.json", tmp_path / "model")
+    args = apet.settle(
+        apet.parser().parse_args(["--model", str(tmp_path / "model"), "--method", "none", "--max-source-length", "32"])
+    )
+    poolers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model, _, facts = apet.load_model(args, ("a", "b"))
+        poolers.append(model.bert.pooler.dense.weight)
+        assert "lacks bert.pooler.dense.bias, bert.pooler.dense.weight" in capsys.readouterr().err
+    assert torch.equal(*poolers) and facts["drawn at random, as the checkpoint lacks them"] == [
+        "bert.pooler.dense.bias", "bert.pooler.dense.weight",
+    ]  # fmt: skip
+
+
 def test_other_data_or_weights_under_the_same_name_are_run_anew(tmp_path, capsys):
     shutil.copytree(TOY / "models/tiny", tmp_path / "model")
     argv = ["--model", tmp_path / "model", "--task", tmp_path / "data.csv", "--budget", "10", "--dropout", "0"]
@@ -566,6 +599,9 @@ WRONG = {
     "no header": (["--task", "{tmp}/headless.csv"], "which column is the label? --label-field NAME; there are a, good"),
     "blank": (["--task", "{tmp}/blank.jsonl"], "0 training examples are too few"),
     "one label": (["--task", "{tmp}/one.jsonl"], "holds one value only ('bad')"),
+    "foreign number": (["--task", "{tmp}/stars"], "row 1: the label 0 is none of 1, 2"),
+    "ragged": (["--task", "{tmp}/ragged.csv", "--label-field", "y"], "row 1 has more cells than the header"),
+    "cut off": (["--task", "{tmp}/cut.csv"], "row 3 has fewer cells than the header"),
     "label between": (["--task", "{tmp}/between"], "row 1: the label 0.5 is none of bad, good"),
     "save nowhere": (["--save", "{tmp}/none/x.safetensors"], "a file in a folder that is there"),
     "save folder": (["--save", "{tmp}"], "a file in a folder that is there"),
@@ -600,6 +636,12 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, capsy
         (tmp_path / folder).mkdir()
     (tmp_path / "foreign/train.jsonl").write_text(text)
     (tmp_path / "foreign/test.jsonl").write_text(json.dumps({"text": "x", "label": "sad"}) + "\n")
+    (tmp_path / "stars").mkdir()
+    for split, labels in (("train", (1, 2)), ("test", (0, 1))):
+        some = [json.dumps({"text": f"text {i}", "label": labels[i % 2]}) + "\n" for i in range(40)]
+        (tmp_path / f"stars/{split}.jsonl").write_text("".join(some))
+    (tmp_path / "ragged.csv").write_text("text,label\n" + "one, two,good\nthree, four,bad\n" * 20)
+    (tmp_path / "cut.csv").write_text("text,label\none,good\ntwo,bad\nthree\n" * 10)
     (tmp_path / "between").mkdir()
     (tmp_path / "between/train.jsonl").write_text(text)
     (tmp_path / "between/test.jsonl").write_text(json.dumps({"text": "x", "label": 0.5}) + "\n")
