@@ -368,7 +368,10 @@ assert part.APET.load(torch.nn.Linear(30, 20), "delta").values.equal(apet.values
 try:
     part.APET(torch.nn.Linear(3, 2), 0)
 except ValueError:
-    assert not {"transformers", "datasets"} & set(sys.modules)
+    pass
+else:
+    raise AssertionError("a budget of 0 was taken")
+assert not {"transformers", "datasets"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
