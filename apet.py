@@ -1,17 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "datasets==5.2.0",
-#     "numpy==2.4.6",
-#     "tqdm==4.70.1",
-#     "safetensors==0.8.0",
-#     "rouge-score==0.1.2",
-#     "sentencepiece==0.2.3",
-#     "protobuf==7.36.2",
-# ]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "numpy==2.4.6", "tqdm==4.70.1", "safetensors==0.8.0",
+#     "rouge-score==0.1.2", "sentencepiece==0.2.3", "protobuf==7.36.2"]
 # ///
 """APET: tune exactly k scalars of a pretrained model, at any positions (arbitrary parameter-efficient tuning).
 
@@ -19,398 +10,48 @@ After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient T
 
     python apet.py                                                  offline default: a toy T5, 10,000 scalars, a CPU minute
     python apet.py --model t5-large --task sst2 --budget 1e4        a model and a task of the hub; bf16 on a GPU
-    python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a cell
+    python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a run
     torchrun --nproc_per_node 4 apet.py --model t5-3b --task mnli   data-parallel
 
-The file reads from top to bottom: positions (where) - the APET class (how) - files - the other methods - tasks - models -
-batches and scores - training - the command line. Whoever wants the method alone copies the first third, down to "The other
-methods". What was measured: README.md.
+The file reads from top to bottom: APET - its fast path - positions - save and load - the other methods - tasks - models -
+batches and scores - training - the command line. Whoever wants the method alone copies down to "The other methods".
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import csv
 import difflib
 import functools
-import hashlib
-import http.client
-import inspect
-import itertools
 import json
 import math
 import os
-import platform
-import random
 import re
-import resource
-import signal
-import string
-import sys
-import tempfile
-import threading
-import time
-import urllib.error
-import urllib.request
 import warnings
 import weakref
-import zlib
-from collections import Counter
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
-from decimal import Decimal, InvalidOperation
-from importlib.metadata import version
 from typing import NamedTuple
+from zlib import compress, decompressobj
+from zlib import error as ZlibError
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-
-class UserError(ValueError):
-    """Something the person who called can put right; the message is one line that says what is wrong and what is right."""
-
-
-def one_of(word: object, known: Iterable[str], what: str) -> str:
-    """`word` if it is known; else a UserError that names the closest."""
-    known = list(known)
-    if word in known:
-        return word
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    raise UserError(f"unknown {what} {word!r}: " + (f"did you mean {close[0]!r}?" if close else "one of " + ", ".join(known)))
-
+from torch.nn.functional import embedding, linear, pad
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Positions: where the tuned scalars are
+# APET: the method
 # ----------------------------------------------------------------------------------------------------------------------
 
-MASKS = ("random", "row", "column", "block", "tensor", "magnitude", "gradient")
-WHERE = ("all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder")  # and layers:0-3, or a regex
-COUNTED = ("lora", "adapter", "prompt", "bitfit")  # methods whose size is a budget
-BLOCK = 16  # side of a tile of mask "block"
-
-ATTENTION = r"attention|attn|query_key_value|(^|\.)[qkvo](_proj|_lin)?\.|(^|\.)out_proj\."
-MLP = r"mlp|ffn|feed_?forward|dense\w*dense|experts|intermediate|(?<!attention\.)output\.dense|(^|\.)(fc_?\w*|w[io](_\d)?)\."
-LAYER = r"(?:^|\.)(?:block|blocks|layer|layers|h)\.(\d+)\."
-
-
-def select_positions(
-    model: nn.Module,
-    budget: int | float | str | None,
-    mask: str | Mapping[str, Iterable[int]] = "random",
-    seed: int = 0,
-    where: str = "all",
-    batches: Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None = None,
-) -> dict[str, Tensor]:
-    """Choose exactly `budget` scalars of `model`: {parameter name: sorted int64 flat indices, on the CPU}.
-
-    A flat index counts the entries of one parameter in row-major order. Names and order are those of
-    `model.named_parameters()`, so a shared (tied) parameter is counted once, by identity. The choice depends on the
-    model's shapes and on the arguments alone ("magnitude" and "gradient": on the weights, too): it is the same on every
-    machine and device.
-
-    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars; or a method's name ("lora",
-        "adapter", "prompt", "bitfit"): as many as that method trains on this model.
-    mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact
-        count (a matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long
-        as they fit, the next one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches`
-        (equal scores: the first); or the caller's own {name: flat indices}, when `budget` may be None.
-    where: "all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder", "layers:0-3", or a regular
-        expression searched for in the parameter names.
-    batches: for "gradient": keyword arguments of the model, labels included, so that its output has a loss; or functions
-        that return a loss.
-
-    Memory is O(budget), so that a model on the meta device will do, but for "magnitude" (a copy of one tensor at a time)
-    and "gradient" (a squared gradient of all candidates). Raises ValueError for what can't be chosen.
-    """
-    if isinstance(mask, Mapping):
-        return _own_positions(model, budget, mask)
-    one_of(mask, MASKS, "mask")
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"the position seed must be a whole number from 0 on, not {seed!r}")
-    chosen_from = candidates(model, where)
-    shapes = [tuple(p.shape) for p in chosen_from.values()]
-    total = sum(p.numel() for p in chosen_from.values())
-    k = parse_budget(budget, model)
-    if k > total:
-        raise UserError(f"a budget of {k:,} is above the {total:,} scalars of where={where!r}")
-    bits = np.random.PCG64(np.random.SeedSequence(int(seed)))  # numpy keeps this raw stream fixed over its versions
-    if mask == "random":
-        ends = np.cumsum([p.numel() for p in chosen_from.values()])
-        flat = _draw(total, k, bits)
-        parts = np.split(flat, np.searchsorted(flat, ends[:-1]))
-        indices = [part - (end - p.numel()) for part, end, p in zip(parts, ends, chosen_from.values(), strict=True)]
-    elif mask == "magnitude":
-        indices = _largest(list(chosen_from.values()), k)
-    elif mask == "gradient":
-        indices = _largest(_squared_gradients(model, chosen_from, batches), k)
-    else:
-        indices = _draw_units(mask, shapes, k, bits)
-    return {n: torch.from_numpy(np.ascontiguousarray(i)) for n, i in zip(chosen_from, indices, strict=True) if len(i)}
-
-
-def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
-    """The floating-point parameters that `where` names, in the model's order, a tied one once."""
-    params = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
-    if not params:
-        raise UserError(f"{type(model).__name__} has no floating-point parameters to tune")
-    owners: dict[int, str] = {}  # the classes of the modules that hold it
-    for m in model.modules():
-        for p in m._parameters.values():
-            owners[id(p)] = owners.get(id(p), "") + type(m).__name__.lower()
-
-    def is_norm(n: str) -> bool:
-        return "norm" in owners[id(params[n])]
-
-    def is_embedding(n: str) -> bool:
-        return "embed" in owners[id(params[n])] + n.lower() and not is_norm(n) and not re.search(ATTENTION, n, re.I)
-
-    layers = re.fullmatch(r"layers:(\d+)(?:-(\d+))?", str(where))
-    if not where:
-        raise UserError(f"where is empty; one of {', '.join(WHERE)}, layers:0-3 or a regular expression")
-    if where == "all":
-        found = list(params)
-    elif where == "norm":
-        found = [n for n in params if is_norm(n)]
-    elif where == "embedding":
-        found = [n for n in params if is_embedding(n)]
-    elif where == "bias":
-        found = [n for n in params if re.search(r"(^|[._])bias$", n)]
-    elif where in ("attention", "mlp"):
-        found = [n for n in params if re.search(ATTENTION if where == "attention" else MLP, n, re.I) and not is_norm(n)]
-    elif where in ("encoder", "decoder"):
-        found = [n for n in params if re.search(rf"(^|\.){where}\.", n)]
-    elif layers:
-        low, high = int(layers[1]), int(layers[2] or layers[1])
-        found = [n for n in params if (m := re.search(LAYER, n)) and low <= int(m[1]) <= high]
-    else:
-        try:
-            found = [n for n in params if re.search(where, n)]
-        except (re.error, TypeError) as e:
-            raise UserError(f"where={where!r} is none of {', '.join(WHERE)}, layers:0-3 and no regular expression ({e})") from None
-    if not found:
-        some = list(params)[:: max(1, len(params) // 8)]
-        raise UserError(f"where={where!r} names no parameter; there are {len(params)}, such as {', '.join(some)}")
-    return {n: params[n] for n in found}
-
-
-def parse_count(text: int | float | str, what: str) -> int:
-    """A whole number from 1 on, also as "1e4" or "10_000"."""
-    try:
-        number = Decimal(text if isinstance(text, (int, str)) and not isinstance(text, bool) else repr(text))
-    except (InvalidOperation, ValueError):
-        raise UserError(f"{what} must be a number such as 10000, 1e4 or 10_000, not {text!r}") from None
-    if not number.is_finite() or number < 1 or number > 10**15 or number != number.to_integral_value():
-        raise UserError(f"{what} must be a whole number from 1 on, not {text!r}")
-    return int(number)
-
-
-def parse_budget(budget: int | float | str | None, model: nn.Module) -> int:
-    """The number of scalars that `budget` means on this model (see `select_positions`)."""
-    total = sum(p.numel() for p in candidates(model).values())
-    if isinstance(budget, str) and budget.strip().lower() in COUNTED:
-        return method_parameters(model, budget.strip().lower())
-    if isinstance(budget, str) and budget.strip().endswith("%"):
-        try:
-            share = Decimal(budget.strip()[:-1])
-            share = share if 0 < share <= 100 else None
-        except InvalidOperation:
-            share = None
-        if share is None:
-            raise UserError(f"the budget {budget!r} must be above 0% and at most 100%")
-        return parse_count(int((share * total / 100).to_integral_value()) or "0", f"the budget {budget} of {total:,} scalars")
-    try:
-        k = parse_count(budget, "the budget")
-    except UserError as e:
-        raise UserError(f"{e}; a share such as 0.1% or a method ({', '.join(COUNTED)}) will do, too") from None
-    if k > total:
-        raise UserError(f"a budget of {k:,} is above the {total:,} scalars of this model")
-    return k
-
-
-def _draw(n: int, k: int, bits: np.random.PCG64, ordered: bool = False) -> np.ndarray:
-    """`k` of range(n), each subset equally likely (the modulus is off by n / 2**64): sorted, or in random order."""
-    if ordered and 4 * k > n:
-        return np.argsort(bits.random_raw(n), kind="stable")[:k]
-    if not ordered and 2 * k > n:  # few are left out: draw those
-        keep = np.ones(n, dtype=bool)
-        keep[_draw(n, n - k, bits)] = False
-        return np.flatnonzero(keep)
-
-    def draw(count: int) -> np.ndarray:
-        return (bits.random_raw(count) % np.uint64(n)).view(np.int64)
-
-    # What was drawn before is drawn again; never more than k, so nothing has to be thrown away.
-    if not ordered and 32 * k > n:  # many: a mark for each is faster than sorting
-        keep = np.zeros(n, dtype=bool)
-        while missing := k - np.count_nonzero(keep):
-            keep[draw(missing)] = True
-        return np.flatnonzero(keep)
-    drawn = np.empty(0, dtype=np.int64)
-    while len(drawn) < k:
-        drawn = np.concatenate([drawn, draw(k - len(drawn))])
-        first = np.unique(drawn, return_index=True)[1]
-        drawn = drawn[np.sort(first) if ordered else first]
-    return drawn
-
-
-def _draw_units(mask: str, shapes: list[tuple[int, ...]], k: int, bits: np.random.PCG64) -> list[np.ndarray]:
-    """Sorted flat indices for each shape: whole rows, columns, blocks or tensors in random order, k scalars in all."""
-    sizes = np.array([int(np.prod(s, dtype=np.int64)) for s in shapes])
-    if mask == "tensor":  # as the authors' code does: those that still fit; then, for the exact count, part of the next
-        order, taken, left = np.argsort(bits.random_raw(len(shapes)), kind="stable"), np.zeros(len(shapes), int), k
-        for i in order:
-            if sizes[i] <= left:
-                taken[i], left = sizes[i], left - sizes[i]
-        for i in order:
-            if left and not taken[i]:
-                taken[i], left = left, 0
-        return [np.arange(t) for t in taken]
-    tile = {"row": lambda r, c: (1, c), "column": lambda r, c: (r, 1), "block": lambda r, c: (BLOCK, BLOCK)}[mask]
-    grid = []  # per tensor: rows, columns, rows of a unit, columns of a unit
-    for size, shape in zip(sizes, shapes, strict=True):
-        vector = (size, 1) if mask == "column" else (1, size)
-        r, c = (shape[0], size // shape[0]) if len(shape) > 1 else vector
-        grid.append((r, c, *tile(r, c)))
-    R, C, h, w = (np.array(x, dtype=np.int64) for x in zip(*grid, strict=True))
-    across = -(-C // w)
-    ends = np.cumsum(-(-R // h) * across)
-    n = min(int(ends[-1]), int(1.1 * k / (sizes.sum() / ends[-1])) + 16)
-    state = bits.state
-    while True:
-        bits.state = state
-        unit = _draw(int(ends[-1]), n, bits, ordered=True)
-        which = np.searchsorted(ends, unit, side="right")
-        local = unit - (ends - -(-R // h) * across)[which]
-        top, left = local // across[which] * h[which], local % across[which] * w[which]
-        bottom, right = np.minimum(top + h[which], R[which]), np.minimum(left + w[which], C[which])
-        filled = np.cumsum((bottom - top) * (right - left))
-        if filled[-1] >= k or n == ends[-1]:
-            break
-        n = min(int(ends[-1]), 2 * n)
-    last = int(np.searchsorted(filled, k))  # the unit in which the count is reached
-    out: list[list[np.ndarray]] = [[] for _ in shapes]
-    for u in range(last + 1):
-        i = which[u]
-        cells = np.arange(top[u], bottom[u])[:, None] * C[i] + np.arange(left[u], right[u])
-        out[i].append(cells.ravel() if u < last else cells.ravel()[: len(cells.ravel()) - int(filled[last] - k)])
-    return [np.sort(np.concatenate(o)) if o else np.empty(0, np.int64) for o in out]
-
-
-def _largest(tensors: list[Tensor], k: int) -> list[np.ndarray]:
-    """Flat indices of the k entries of largest magnitude over all tensors; of equal ones the first in order."""
-    if any(t.is_meta for t in tensors):
-        raise UserError("this mask reads the weights, and the model is on the meta device: load it first")
-
-    def scores(t: Tensor) -> Tensor:
-        return t.detach().abs().flatten().to(torch.promote_types(t.dtype, torch.float32))
-
-    top = torch.empty(0, dtype=torch.float64)
-    for t in tensors:
-        s = scores(t)
-        top = torch.cat([top, s.topk(min(k, len(s))).values.double().cpu()])
-        top = top.topk(min(k, len(top))).values
-    threshold = top[-1].item()
-    above = [(scores(t) > threshold).nonzero().flatten().cpu() for t in tensors]
-    spare, out = k - sum(map(len, above)), []
-    for t, a in zip(tensors, above, strict=True):
-        ties = (scores(t) == threshold).nonzero().flatten()[:spare].cpu() if spare else a[:0]
-        spare -= len(ties)
-        out.append(torch.cat([a, ties]).sort().values.numpy())
-    return out
-
-
-def _squared_gradients(model: nn.Module, params: dict[str, nn.Parameter], batches: Iterable | None) -> list[Tensor]:
-    """Sum over the batches of each entry's squared gradient, fp32 (the empirical Fisher information of FISH masks)."""
-    batches = list(batches or ())
-    if not batches:
-        raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
-    sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in params.values()}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-
-    def add(p: nn.Parameter) -> None:
-        sums[p] += p.grad.float().square()
-        p.grad = None
-
-    for p, _, _ in before:
-        p.requires_grad_(p in sums)
-        p.grad = None
-    handles = [p.register_post_accumulate_grad_hook(add) for p in sums]
-    try:
-        for batch in batches:
-            (batch() if callable(batch) else model(**batch).loss).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad
-    return list(sums.values())
-
-
-def _own_positions(model: nn.Module, budget: int | float | str | None, mask: Mapping) -> dict[str, Tensor]:
-    """The caller's {name: flat indices}, checked, sorted and in the model's order."""
-    params = candidates(model)
-    for name in mask:
-        one_of(name, params, "parameter")
-    out = {}
-    for name, p in params.items():
-        if name not in mask:
-            continue
-        index = torch.as_tensor(mask[name] if isinstance(mask[name], (Tensor, np.ndarray)) else list(mask[name]))
-        whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-        if index.numel() and not (whole and index.dim() == 1):
-            raise UserError(f"the positions of {name} must be a flat list of whole numbers")
-        index = index.to("cpu", torch.int64).sort().values
-        if len(index) and not 0 <= index[0] <= index[-1] < p.numel():
-            raise UserError(
-                f"the positions of {name} must lie in 0 to {p.numel() - 1:,}; they reach from {index[0]} to {index[-1]}"
-            )
-        if (index[1:] == index[:-1]).any():
-            raise UserError(f"the positions of {name} hold an index twice")
-        if len(index):
-            out[name] = index
-    k = sum(map(len, out.values()))
-    if not k:
-        raise UserError("the positions are empty: name at least one scalar")
-    if budget is not None and parse_budget(budget, model) != k:
-        raise UserError(f"a budget of {budget} does not agree with the {k:,} positions given (it may be left None)")
-    return out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# APET: how they are tuned
-# ----------------------------------------------------------------------------------------------------------------------
-
-# Cost of the ways to a layer's gradient, in entries of a dense product over the same tokens; see `cheapest_way`.
-# CPU: measured by tests/bench.py --ways (results/README.md). CUDA: bandwidth against bf16 FLOPs of an H100; not yet measured.
-COST = {
-    "cpu": dict(single=80, dot=4, line=100, call=4_000),
-    "cuda": dict(single=2_000, dot=math.inf, line=500, call=200_000),
-}
-
-
-def cheapest_way(rows: int, cols: int, entries: int, device: str) -> tuple[float, str]:
-    """(cost, way) to the gradient of `entries` of a linear layer that lie in so many of its rows and columns.
-
-    product: the dense product over these rows and columns (best for whole rows, columns, blocks). single: one column of
-    the output's gradient and one of the input for each entry (best for few). sampled: each row and column is laid out once,
-    then a dot product for each entry (best for many; torch has it on a CPU).
-    """
-    cost = COST["cpu" if device == "cpu" else "cuda"]
-    sampled = cost["dot"] * entries + cost["line"] * (rows + cols)
-    return min((rows * cols, "product"), (cost["single"] * entries, "single"), (sampled, "sampled"))
-
-
-def columns(x: Tensor, index: Tensor) -> Tensor:
-    """x[:, index]. On a CPU, gather runs on all cores from 2**15 numbers on; index_select runs on one, but starts faster."""
-    if x.device.type == "cpu" and len(x) * len(index) > 1 << 15:
-        return x.gather(1, index.expand(len(x), -1))
-    return x.index_select(1, index)
-
-
+Budget = int | float | str | None
+Mask = str | Mapping[str, Iterable[int]]
+Batches = Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None
 TUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models that have an APET
+
+
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """Something the person who called can put right; the message is one line that says what is wrong and what is right."""
 
 
 class APET:
@@ -427,346 +68,724 @@ class APET:
     backend: how gradients are taken. "hook": autograd's dense gradient of each touched parameter, one at a time, gathered
         and dropped; works for all parameters. "gather": for nn.Linear and nn.Embedding only the chosen entries are ever
         computed, from tokens x chosen columns saved in the forward; the rest as "hook". "auto": the cheaper one for each.
-
     values: fp32 nn.Parameter of shape (budget,), in the order of `positions`; on the first touched parameter's device.
     positions: {parameter name: sorted int64 flat indices}.
     Raises ValueError for wrong arguments.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        budget: int | float | str | None = None,
-        mask: str | Mapping[str, Iterable[int]] = "random",
-        seed: int = 0,
-        *,
-        where: str = "all",
-        backend: str = "auto",
-        batches: Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None = None,
-    ):
+        self, model: nn.Module, budget: Budget = None, mask: Mask = "random", seed: int = 0, *, where: str = "all",
+        backend: str = "auto", batches: Batches = None,
+    ):  # fmt: skip
         one_of(backend, ("auto", "hook", "gather"), "backend")
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # it waits for gradients of all that it was made with
+            model.require_backward_grad_sync = False
+            model = model.module
+        if model in TUNED:
+            raise UserError("this model has an APET already: remove() that one first")
         budget = 10_000 if budget is None and isinstance(mask, str) else budget
         self.positions = select_positions(model, budget, mask, seed, where, batches)
         self.about = dict(mask=mask if isinstance(mask, str) else "own", seed=str(seed), where=str(where))
         named = dict(model.named_parameters())
-        if any(named[n].is_meta for n in self.positions):
+        self._weights = [named[name] for name in self.positions]
+        if any(w.is_meta for w in self._weights):
             raise UserError("the model is on the meta device (or offloaded): load its weights before tuning them")
-        if model in TUNED:
-            raise UserError("this model has an APET already: remove() that one first")
+        self._indices = [index.to(w.device) for w, index in zip(self._weights, self.positions.values(), strict=True)]
+        self._pretrained = [w.detach().take(index) for w, index in zip(self._weights, self._indices, strict=True)]
+        self._sizes = [len(index) for index in self._indices]
+        device = self._weights[0].device
+        self.values = nn.Parameter(torch.cat([numbers.to(device, torch.float32) for numbers in self._pretrained]))
+        self._passes: dict[int, list[tuple[int, Tensor]]] = {}  # of each running backward pass, (number of the tensor, gradient)
+        self._attached, self._last_grad = False, None
+        self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
         TUNED.add(model)
-        self._model = weakref.ref(model)
-        self._flags = [(p, p.requires_grad) for p in named.values()]
+        self._undo.callback(TUNED.discard, model)
         for p in named.values():
+            self._undo.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(False)
             p.grad = None
-        users: dict[int, list[nn.Module]] = {}  # the layers whose own forward is the only thing that reads `weight`
-        for m in model.modules():
-            plain = "forward" not in vars(m) or hasattr(m, "_hf_hook")  # accelerate wraps forward, and calls the old one
-            if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
-                users.setdefault(id(m.weight), []).append(m)
-        self._slots: list[_Slot] = []
-        self._handles = []
-        self._lock = threading.Lock()  # autograd runs a thread for each device
-        self._grad, self._pieces = None, ()  # values.grad, and each slot's part of it
-        self._sizes = [len(index) for index in self.positions.values()]
-        for name, index in self.positions.items():
-            slot = _Slot(self, named[name], index, len(self._slots))
-            self._slots.append(slot)
-            modules = users.get(id(slot.weight), [])
-            slot.weight.requires_grad_(True)
-            self._handles.append(slot.weight.register_post_accumulate_grad_hook(slot.take_dense))
-            if modules and backend != "hook" and (backend == "gather" or slot.gather_is_cheaper(modules)):
-                for m in modules:
-                    use = _Linear(slot, m) if type(m) is nn.Linear else _Embedding(slot, m)
-                    self._handles.append(m.register_forward_pre_hook(use.before))
-                    self._handles.append(m.register_forward_hook(use.after, prepend=True, with_kwargs=True))
-        device = self._slots[0].weight.device
-        self.values = nn.Parameter(torch.cat([s.original.to(device, torch.float32) for s in self._slots]))
+        for number, weight in enumerate(self._weights):
+            weight.requires_grad_(True)
+            hook = functools.partial(self._take, number)
+            self._undo.callback(weight.register_post_accumulate_grad_hook(hook).remove)
+        self._owner = model.get_submodule(next(iter(self.positions)).rpartition(".")[0])
+        self._waited_for = None  # should DDP be put around the model, it needs a parameter to wait for: the smallest
+        if "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            self._waited_for = min(self._weights, key=Tensor.numel)
+            others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is not self._waited_for]
+            model._ddp_params_and_buffers_to_ignore = others
+            self._undo.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
+        add_fast_path(self, model, backend)
 
-    def _accumulate(self, slot: _Slot, grad: Tensor) -> None:
-        """values.grad[slot] += grad"""
-        if self.values.grad is None or self.values.grad is not self._grad:
-            with self._lock:
-                if self.values.grad is None:
-                    self._grad = self._pieces = None  # the last step's: its memory is free for this one's
-                    self.values.grad = torch.zeros_like(self.values)
-                self._pieces = self.values.grad.split(self._sizes)
-                self._grad = self.values.grad
-        self._pieces[slot.number].add_(grad if grad.device == self._grad.device else grad.to(self._grad.device))
+    def _take(self, number: int, weight: Tensor) -> None:
+        """Autograd has formed a weight's dense gradient: gather the chosen entries, and drop it."""
+        grad, index = weight.grad, self._indices[number]
+        if grad is None:  # a compiled model calls the hook all the same
+            return
+        if grad.device != index.device:
+            raise UserError("the model was moved to another device after its APET was made: move it first")
+        self._running_pass().append((number, (grad.to_dense() if grad.is_sparse else grad).take(index)))
+        weight.grad = None
+
+    def _running_pass(self) -> list[tuple[int, Tensor]]:
+        """What the running backward pass has brought so far; `_finish` adds it to values.grad when the pass ends."""
+        task = torch._C._current_graph_task_id()
+        if (brought := self._passes.get(task)) is None:  # autograd runs a thread for each device: one list for all
+            brought = self._passes.setdefault(task, [])
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
+        return brought
+
+    @torch.no_grad()
+    def _finish(self, task: int) -> None:
+        brought, grad, group = self._passes.pop(task, None), self.values.grad, torch.distributed
+        if brought is None:
+            return
+        if grad is None:
+            grad = self.values.grad = torch.zeros_like(self.values)
+        elif self._attached and self._last_grad not in (None, (id(grad), grad._version)):
+            # changed, but no step followed: GradScaler skips steps whose gradient is not finite, which must not stay
+            grad.copy_(torch.where(grad.isfinite().all(), grad, 0))
+        if brought:
+            pieces, (numbers, gradients) = grad.split(self._sizes), zip(*brought, strict=True)
+            torch._foreach_add_([pieces[n] for n in numbers], [g.to(grad.device, grad.dtype) for g in gradients])
+        if self._attached and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+            group.all_reduce(grad)  # what earlier passes left is the same everywhere: so is its mean
+            grad /= group.get_world_size()
+        self._last_grad = id(grad), grad._version
 
     @torch.no_grad()
     def write(self) -> None:
         """values -> the model's weights, in their dtype. Call it after each optimizer step, or `attach` the optimizer."""
-        parts: dict[tuple, tuple] = {}  # cast once, not once a tensor: 387 kernel launches fewer for T5-large in bf16
-        for slot in self._slots:
-            kind = slot.weight.device, slot.weight.dtype
-            if kind not in parts:
-                parts[kind] = self.values.to(*kind).split(self._sizes)
-            slot.put(parts[kind][slot.number])
+        if not any(p is self._weights[0] for p in self._owner._parameters.values()):
+            raise UserError("the model's parameters were replaced (by FSDP, or by loading with assign=True)")
+        self._passes.clear()  # of a backward pass that failed
+        cast: dict[tuple, tuple] = {}  # once for each device and dtype, not for each tensor
+        for number, (weight, index) in enumerate(zip(self._weights, self._indices, strict=True)):
+            kind = weight.device, weight.dtype
+            if kind not in cast:
+                cast[kind] = self.values.to(*kind).split(self._sizes)
+            write_entries(weight, index, cast[kind][number])
 
     @torch.no_grad()
     def restore(self) -> None:
         """The pretrained numbers -> the model's weights, bit for bit. `values` stays, so write() brings it back."""
-        for slot in self._slots:
-            slot.put(slot.original.to(slot.weight.device, slot.weight.dtype))
+        for weight, index, numbers in zip(self._weights, self._indices, self._pretrained, strict=True):
+            write_entries(weight, index, numbers)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """write() after each optimizer.step(), until remove(); and values.grad = None, which Trainer's model.zero_grad() leaves."""
+        """write() after each optimizer.step(), until remove(); then values.grad = None, which Trainer's model.zero_grad() leaves.
+
+        Under a process group, every backward pass from now on ends with the mean of values.grad over the processes.
+        """
 
         def after_step(*_: object) -> None:
             self.write()
             self.values.grad = None
 
-        self._handles.append(optimizer.register_step_post_hook(after_step))
+        self._attached = True
+        self._undo.callback(optimizer.register_step_post_hook(after_step).remove)
 
     def remove(self) -> None:
-        """Take all hooks off the model; its weights stay as they are, and require gradients as before APET."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for p, flag in self._flags:
-            p.requires_grad_(flag)
-        if (model := self._model()) is not None:
-            TUNED.discard(model)
+        """Leave the model as it was, but for its weights, which stay as they are; nothing of APET stays alive in it."""
+        self._undo.close()
 
     def save(self, file: str | os.PathLike, more: Mapping[str, Tensor] | None = None, **about: str) -> None:
-        """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
-
-        `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; `more` tensors under their
-        names; in the metadata the mask, seed and where, `about`, and `layout`: base64 of zlib of a JSON list of
-        [name, shape, number of positions].
-        """
-        layout = [[n, list(s.weight.shape), len(s.index)] for n, s in zip(self.positions, self._slots, strict=True)]
-        wide = max(s.weight.numel() for s in self._slots) > 2**31 - 1
-        indices = torch.cat(list(self.positions.values())).to(torch.int64 if wide else torch.int32)
-        packed = base64.b64encode(zlib.compress(json.dumps(layout).encode(), 9)).decode()
-        tensors = {**(more or {}), "values": self.values.detach(), "indices": indices}
-        save_tensors(tensors, file, {"format": "apet 1", "layout": packed, **self.about, **about})
+        """Write positions and values, 8 bytes a scalar: see `save_delta`."""
+        save_delta(self, file, more or {}, about)
 
     @classmethod
     def load(cls, model: nn.Module, file: str | os.PathLike, *, backend: str = "auto") -> APET:
         """The APET that `save` wrote, its values written into `model`. ValueError if the file is for another model."""
-        tensors, about = load_tensors(file)
-        try:
-            if about["format"] != "apet 1":
-                raise KeyError
-            layout = json.loads(zlib.decompress(base64.b64decode(about["layout"], validate=True)))
-            values, indices = tensors["values"], tensors["indices"].long()
-            counts = [int(count) for _, _, count in layout]
-            if not (values.shape == indices.shape == (sum(counts),) and min(counts) > 0 and values.dtype == torch.float32):
-                raise KeyError
-            parts = dict(zip([str(n) for n, _, _ in layout], indices.split(counts), strict=True))
-            shapes = {str(n): tuple(shape) for n, shape, _ in layout}
-        except (KeyError, ValueError, TypeError, zlib.error):
-            raise UserError(f"{file} is no delta of APET (or a broken one)") from None
-        own = candidates(model)
-        for name, shape in shapes.items():
-            if name not in own:
-                raise UserError(f"{file} was made for another model: this one has no parameter {name}")
-            if tuple(own[name].shape) != shape:
-                raise UserError(f"{file} was made for another model: {name} is {shape} there and {tuple(own[name].shape)} here")
-        apet = cls(model, None, mask=parts, backend=backend)
-        if list(apet.positions) != list(parts) or any(not torch.equal(apet.positions[n], i) for n, i in parts.items()):
-            apet.remove()
-            raise UserError(f"{file} was made for another model: its parameters come in another order")
-        apet.about = {key: about.get(key, "") for key in apet.about}
-        with torch.no_grad():
-            apet.values.copy_(values)
-        apet.write()
-        return apet
+        return load_delta(model, file, backend)
 
 
-class _Slot:
-    """The chosen entries of one parameter: the part of `values` with this number."""
-
-    def __init__(self, apet: APET, weight: nn.Parameter, index: Tensor, number: int):
-        self.apet, self.weight, self.number = apet, weight, number
-        self.index = index.to(weight.device)
-        self.original = weight.detach().take(self.index)
-
-    def here(self) -> Tensor:
-        """The flat indices, on the weight's device (the model may have moved)."""
-        if self.index.device != self.weight.device:
-            self.index = self.index.to(self.weight.device)
-        return self.index
-
-    def put(self, numbers: Tensor) -> None:
-        self.weight.put_(self.here(), numbers)
-
-    def take_dense(self, weight: nn.Parameter) -> None:
-        """The hook path: gather the chosen entries of the dense gradient, and drop it."""
-        grad = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
-        self.apet._accumulate(self, grad.take(self.here()))
-        weight.grad = None
-
-    def rows_and_columns(self) -> tuple[Tensor, Tensor]:
-        """Of each chosen entry of a matrix, int64."""
-        return self.index // self.weight.shape[1], self.index % self.weight.shape[1]
-
-    def gather_is_cheaper(self, modules: list[nn.Module]) -> bool:
-        """Than a dense gradient; in multiply-adds per token, see COST."""
-        device, dense, m = self.weight.device.type, self.weight.numel(), len(self.index)
-        if any(type(module) is nn.Linear for module in modules):
-            rows, cols = (int(x.bincount().count_nonzero()) for x in self.rows_and_columns())
-            cost = COST["cpu" if device == "cpu" else "cuda"]
-            return cheapest_way(rows, cols, m, device)[0] + cost["line"] * cols + cost["call"] < dense
-        return self.weight.shape[0] >= 512 and m < dense // 4  # an embedding: the dense gradient costs its own size
+def write_entries(weight: Tensor, index: Tensor, numbers: Tensor) -> None:
+    """weight.flatten()[index] = numbers, in place."""
+    if torch.are_deterministic_algorithms_enabled():  # put_ has no such form
+        weight.copy_(weight.flatten().index_copy_(0, index, numbers.to(weight.dtype)).view_as(weight))
+    else:
+        weight.put_(index, numbers.to(weight.dtype))
 
 
-class _Linear:
-    """One nn.Linear of the gather path: dL/dW[i, j] = sum over tokens of dY[t, i] X[t, j], at the chosen (i, j) alone."""
+# ----------------------------------------------------------------------------------------------------------------------
+# The fast path: without it, and the call of add_fast_path, APET gives the same numbers
+# ----------------------------------------------------------------------------------------------------------------------
+# Of a linear layer y = x Wᵀ + b, autograd's backward gets dy and forms dL/dW = dyᵀ x, as large as W. We want a few entries of it:
+#
+#     dL/dW[i, j] = Σ over tokens t of dy[t, i] · x[t, j]        at the chosen (i, j)
+#
+# So forward keeps the chosen columns of x, backward takes the chosen columns of dy, and no dense gradient is formed. The
+# layer's class is changed for one whose forward does so; wherever else its weight may be used, APET._take does its work.
 
-    slot: _Slot | None = None
+# The cost of a linear layer's gradient, in multiply-adds for each token. The dense product has rows x columns. entry: one of
+# the sum above; dot: the same where rows and columns are laid out first, at `line` for each; call: host time of the layer.
+# CPU: measured by tests/bench.py --paths. CUDA: bandwidth against bf16 FLOPs of an H100, by arithmetic; not yet measured.
+COST = {
+    "cpu": dict(entry=80, dot=4, line=100, call=4_000),
+    "cuda": dict(entry=2_000, dot=math.inf, line=500, call=200_000),
+}
 
-    def __init__(self, slot: _Slot, module: nn.Linear):
-        self.slot = slot
-        row, col = slot.rows_and_columns()
-        self.rows, self.row = self.distinct(row, module.out_features)
-        self.cols, self.col = self.distinct(col, module.in_features)
-        height = module.out_features if self.rows is None else len(self.rows)
-        width = module.in_features if self.cols is None else len(self.cols)
-        self.way, self.device = cheapest_way(height, width, len(row), row.device.type)[1], row.device
-        if self.way == "single":
-            self.rows, self.row = None, row
-        elif self.way == "product":
-            self.at = self.row * width + self.col
-            del self.row, self.col
-        else:
-            ends = nn.functional.pad(torch.bincount(self.row, minlength=height).cumsum(0), (1, 0))
-            with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
-                warnings.simplefilter("ignore")
-                self.csr = torch.sparse_csr_tensor(ends, self.col, torch.zeros(len(row)), size=(height, width))
 
-    def __reduce__(self) -> tuple:  # in a copy of the model (deepcopy, pickle) the hooks do nothing
-        return object.__new__, (type(self),)
+class Entries(NamedTuple):
+    """The k chosen entries of one layer's weight. Indices are int64, on the weight's device."""
+
+    weight: nn.Parameter
+    number: int  # of the tensor among those that are tuned
+    row: Tensor  # (k,): the row of each entry; of an embedding, its place in `keep`
+    column: Tensor | None  # (k,): where its column lies in what forward keeps; None: one column for each entry
+    keep: Tensor | None  # the columns of x that forward keeps (None: x); of an embedding, the distinct rows
+    table: Tensor | None = None  # sparse zeros (rows, columns kept), where the sums are sampled dot products
+    pending: Pending | None = None  # what the layers of this device bring
+    link: Tensor | None = None  # by which `values` become an ancestor of the layer's output
+    piece: Tensor | None = None  # (k,): the same for compiled models, which return its gradient
+
+
+class Pending:
+    """What the layers of one device bring in a backward pass. Small sums are put off and made together: fewer calls."""
+
+    def __init__(self, apet: APET, device: torch.device, node: object, probe: object):
+        self.apet, self.node, self.probe = apet, node, probe
+        self.most = 1 << 20 if device.type == "cpu" else 1 << 24  # numbers that are put off: bounds the memory
+        self.task, self.size, self.factors = None, 0, []  # factors: (number of the tensor, dy and x at its entries)
+
+    def start(self, task: int) -> None:
+        """Another backward pass than the last one begins, or goes on."""
+        self.sum_up()
+        self.task, self.brought = task, []
+        if torch._C._will_engine_execute_node(self.node):  # else only the gradient of an input is asked for
+            if not torch._C._will_engine_execute_node(self.probe):
+                raise UserError("values get gradients by loss.backward() alone, not by autograd.grad or backward(inputs=...)")
+            self.brought = self.apet._running_pass()
+
+    def sum_up(self) -> None:
+        groups: dict[object, list[tuple[int, Tensor, Tensor]]] = {}
+        for factors in self.factors:
+            groups.setdefault((factors[1].shape[:-1], factors[1].dtype), []).append(factors)
+        for group in groups.values():
+            numbers, dys, xs = zip(*group, strict=True)
+            sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
+            self.brought += zip(numbers, sums, strict=True)
+        self.size, self.factors = 0, []
+
+
+class Link(torch.autograd.Function):
+    """values -> (link, a piece for each tensor); in backward, its turn comes when all layers have had theirs."""
 
     @staticmethod
-    def distinct(index: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
-        """(the distinct ones, the place of each among them); (None, index) if they are nearly all: no need to copy them."""
-        touched = torch.bincount(index, minlength=size) > 0
-        lines = touched.nonzero().squeeze(1)
-        return (lines, touched.cumsum(0)[index] - 1) if len(lines) < 0.9 * size else (None, index)
+    def forward(ctx, values: Tensor, probe: Tensor, apet: APET, numbers: list[int], pending: dict[object, Pending]) -> tuple:
+        ctx.set_materialize_grads(False)
+        ctx.apet, ctx.numbers, ctx.pending = apet, numbers, pending
+        pieces = [values.new_zeros((), device=apet._weights[n].device).expand(apet._sizes[n]) for n in numbers]
+        return torch.zeros(()), *pieces
 
-    # Inside its own layer the weight is frozen, so that autograd forms no dense gradient of it. Wherever else the model may
-    # use it (F.linear(h, self.embed.weight)), it requires one, which takes the hook path.
-    def before(self, *_: object) -> None:
-        if self.slot and torch.is_grad_enabled():
-            self.slot.weight.requires_grad_(False)
-
-    def after(self, module: nn.Linear, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if not self.slot or not torch.is_grad_enabled():
-            return None
-        self.slot.weight.requires_grad_(True)
-        return _Tap.apply(output, self.slot.apet.values, self, (args[0] if args else kwargs["input"],))
-
-    def keep(self, x: Tensor, output: Tensor) -> Tensor:
-        """What backward needs: the chosen columns of x, (tokens, columns); x itself if most are chosen."""
-        if self.device != output.device:
-            self.move(output.device)
-        if x.dtype != output.dtype or x.device != output.device:
-            x = x.to(output.device, output.dtype)
-        x = x.reshape(-1, x.shape[-1])
-        return x.detach() if self.cols is None else columns(x, self.cols)
-
-    def move(self, device: torch.device) -> None:
-        """The indices follow a model that went to another device."""
-        self.device = device
-        for name in ("rows", "row", "cols", "col", "at"):
-            if getattr(self, name, None) is not None:
-                setattr(self, name, getattr(self, name).to(device))
-
-    def entries(self, kept: Tensor, grad: Tensor) -> Tensor:
-        """The gradient at the chosen entries, from kept (tokens, columns) and the output's gradient (..., out)."""
-        dy = grad.reshape(-1, grad.shape[-1])
-        if self.rows is not None:
-            dy = columns(dy, self.rows)
-        if self.way == "single" or (self.way == "sampled" and (dy.device.type != "cpu" or dy.dtype == torch.float64)):
-            return self.one_by_one(kept, dy)
-        if self.way == "product":
-            return (dy.t() @ kept).view(-1).index_select(0, self.at)
-        kept = kept.t().contiguous().float()  # dot products over neighbouring numbers
-        return torch.sparse.sampled_addmm(self.csr, dy.t().float(), kept.t(), beta=0.0).values()
-
-    def one_by_one(self, kept: Tensor, dy: Tensor) -> Tensor:
-        """Of each entry, the product of its two columns, summed over tokens, in fp32 or wider."""
-        step = max(1, (1 << (20 if dy.device.type == "cpu" else 24)) // len(self.row))  # tokens; bounds the temporaries
-        if len(dy) > step:
-            return sum(map(self.one_by_one, kept.split(step), dy.split(step)))
-        part = columns(dy, self.row)
-        if part.element_size() < 4:
-            part = part.float()
-        return part.mul_(columns(kept, self.col)).sum(0)
+    @staticmethod
+    def backward(ctx, _: None, *grads: Tensor | None) -> tuple[None, ...]:
+        for pending in ctx.pending.values():
+            if pending.task == torch._C._current_graph_task_id():
+                pending.sum_up()
+        if compiled := [(n, grad) for n, grad in zip(ctx.numbers, grads, strict=True) if grad is not None]:
+            next(iter(ctx.pending.values())).start(torch._C._current_graph_task_id())
+            ctx.apet._running_pass().extend(compiled)
+        return None, None, None, None, None
 
 
-class _Embedding:
-    """One nn.Embedding of the gather path: the output's gradient, summed over equal tokens of the batch, then gathered."""
+class LinearEntries(torch.autograd.Function):
+    """y = x Wᵀ + b; in backward dx, db, and of dW the chosen entries."""
 
-    slot: _Slot | None = None
-    before, __reduce__ = _Linear.before, _Linear.__reduce__
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor | None, link: Tensor, entries: Entries) -> Tensor:
+        weight, keep = entries.weight, entries.keep
+        y = linear(x, weight, bias)
+        if x.dtype is not y.dtype:  # under autocast
+            x = x.to(y.dtype)
+        ctx.entries = entries
+        ctx.save_for_backward(weight, x if keep is None else columns(x, keep))
+        return y if bias is None else y.detach()  # as it may be a view, which an activation in place could not follow
 
-    def __init__(self, slot: _Slot, module: nn.Embedding):
-        self.slot = slot
-        row, self.col = slot.rows_and_columns()
-        self.rows, self.row_of = row.unique(return_inverse=True)
-        self.padding = module.padding_idx
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        e, needs = ctx.entries, ctx.needs_input_grad
+        weight, kept = ctx.saved_tensors
+        dx = dy @ (weight if weight.dtype is dy.dtype else weight.to(dy.dtype)) if needs[0] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[1] else None
+        if torch.compiler.is_compiling():
+            return dx, db, sum_products(columns(dy, e.row), kept if e.column is None else columns(kept, e.column)), None
+        pending, task, size = e.pending, torch._C._current_graph_task_id(), e.row.numel() * (dy.numel() // dy.shape[-1])
+        if pending.task != task:
+            pending.start(task)
+        if torch.is_grad_enabled():
+            raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
+        if e.table is not None:
+            dy, kept = dy.reshape(-1, dy.shape[-1]).float(), kept.reshape(-1, kept.shape[-1]).float()
+            sums = torch.sparse.sampled_addmm(e.table, dy.t(), kept.t().contiguous().t(), beta=0.0).values()
+            pending.brought.append((e.number, sums))
+        elif size <= pending.most:
+            pending.factors.append((e.number, columns(dy, e.row), kept if e.column is None else columns(kept, e.column)))
+            pending.size += size
+            if pending.size > pending.most:
+                pending.sum_up()
+        else:  # a part of the entries at a time
+            column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
+            parts = zip(*(i.split(max(1, pending.most * len(e.row) // size)) for i in (e.row, column)), strict=True)
+            pending.brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(kept, c)) for r, c in parts])))
+        return dx, db, None, None
 
-    def after(self, module: nn.Embedding, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        if not self.slot or not torch.is_grad_enabled():
-            return None
-        self.slot.weight.requires_grad_(True)
-        ids = args[0] if args else kwargs["input"]
-        return _Tap.apply(output, self.slot.apet.values, self, (ids,))
 
-    def keep(self, ids: Tensor, output: Tensor) -> Tensor:
-        """What backward needs: the token ids, (tokens,)."""
-        return ids.reshape(-1).to(output.device)
+class EmbeddingEntries(torch.autograd.Function):
+    """y = W[ids]; in backward the output's gradient, summed over equal ids, at the chosen entries."""
 
-    def entries(self, ids: Tensor, grad: Tensor) -> Tensor:
-        """The gradient at the chosen entries, from the token ids (tokens,) and the output's gradient (..., width)."""
-        if self.rows.device != ids.device:
-            self.rows, self.row_of, self.col = (i.to(ids.device) for i in (self.rows, self.row_of, self.col))
-        grad = grad.reshape(len(ids), -1)
+    @staticmethod
+    def forward(ctx, ids: Tensor, padding: int | None, link: Tensor, entries: Entries) -> Tensor:
+        ctx.entries, ctx.padding = entries, -1 if padding is None else padding
+        ctx.save_for_backward(ids)
+        return embedding(ids, entries.weight).detach()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        e, ids, task = ctx.entries, ctx.saved_tensors[0].reshape(-1), torch._C._current_graph_task_id()
+        dy, tokens = dy.reshape(ids.numel(), -1), ids.numel()
+        if not tokens:
+            return None, None, None, None
         ids, order = ids.sort()
-        group = nn.functional.pad((ids[1:] != ids[:-1]).cumsum(0), (1, 0))  # equal ids form a group
-        sums = grad.new_zeros(len(ids) + 1, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
-        sums.index_add_(0, group, grad.index_select(0, order).to(sums.dtype))
-        first = torch.searchsorted(ids, self.rows).clamp_(max=len(ids) - 1)
-        found = ids[first] == self.rows
-        if self.padding is not None:
-            found &= self.rows != self.padding
-        at = torch.where(found, group[first], len(ids))  # the last row of `sums` is zero: for ids not in the batch
-        return sums.view(-1).take(at[self.row_of] * grad.shape[1] + self.col)
+        group = pad((ids[1:] != ids[:-1]).cumsum(0), (1, 0))  # equal ids form a group
+        sums = dy.new_zeros(tokens + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
+        sums.index_add_(0, group, dy.index_select(0, order).to(sums.dtype))
+        first = torch.searchsorted(ids, e.keep).clamp_(max=tokens - 1)
+        found = (ids[first] == e.keep) & (e.keep != ctx.padding)
+        place = torch.where(found, group[first], tokens)  # the last row of `sums` is zero: for rows that no id names
+        gradient = sums.view(-1).take(place[e.row] * dy.shape[1] + e.column)
+        if torch.compiler.is_compiling():
+            return None, None, gradient, None
+        if e.pending.task != task:
+            e.pending.start(task)
+        e.pending.brought.append((e.number, gradient))
+        return None, None, None, None
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output; in backward it takes the gradient of the layer's chosen entries."""
+apply_linear = super(torch.autograd.Function, LinearEntries).apply  # without the Python around it, which serves torch.func
 
-    @staticmethod
-    def forward(ctx, output: Tensor, values: Tensor, use: _Linear | _Embedding, inputs: tuple[Tensor]) -> Tensor:
-        ctx.use = use
-        ctx.save_for_backward(use.keep(inputs[0], output))  # in a tuple, as they need no gradient from here
-        return output.detach()  # not `output`: an in-place activation may follow
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        slot = ctx.use.slot
-        (kept,) = ctx.saved_tensors
-        if grad.numel():
-            slot.apet._accumulate(slot, ctx.use.entries(kept, grad))
-        return grad, None, None, None
+class TunedLinear(nn.Linear):
+    """An nn.Linear with tuned entries, but for copies of its weight (functional_call, DataParallel) and under torch.func."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        e = getattr(self, "tuned", None)
+        if e is None or self.weight is not e.weight or not torch.is_grad_enabled():
+            return linear(input, self.weight, self.bias)
+        if torch.compiler.is_compiling():
+            return LinearEntries.apply(input, self.bias, e.piece, e)
+        if torch._C._are_functorch_transforms_active():
+            return linear(input, self.weight, self.bias)
+        return apply_linear(input, self.bias, e.link, e)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:  # copies are plain layers, by deepcopy and by pickle
+        return object.__new__, (nn.Linear,), {name: value for name, value in vars(self).items() if name != "tuned"}
+
+
+class TunedEmbedding(nn.Embedding):
+    """The same for nn.Embedding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        e, compiling = getattr(self, "tuned", None), torch.compiler.is_compiling()
+        if e is None or self.weight is not e.weight or not torch.is_grad_enabled():
+            return embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
+        return EmbeddingEntries.apply(input, self.padding_idx, e.piece if compiling else e.link, e)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return object.__new__, (nn.Embedding,), {name: value for name, value in vars(self).items() if name != "tuned"}
+
+
+def set_class(layer: nn.Module, kind: type[nn.Module], entries: Entries | None = None) -> None:
+    layer.__class__, layer.tuned = kind, entries
+    if entries is None:
+        del layer.tuned
+    if "_old_forward" in vars(layer):  # accelerate has wrapped it
+        layer._old_forward = kind.forward.__get__(layer)
+
+
+def columns(x: Tensor, index: Tensor) -> Tensor:
+    """x[..., index]. On a CPU, gather runs on all cores; index_select runs on one, but starts faster."""
+    if x.is_cpu and index.numel() > 31:
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+    return x.index_select(-1, index)
+
+
+def sum_products(dy: Tensor, x: Tensor) -> Tensor:
+    """(..., k), (..., k) -> (k,): the sum over tokens, in fp32 or wider. Changes dy."""
+    dy = dy.float() if dy.element_size() < 4 else dy
+    return dy.mul_(x).reshape(-1, dy.shape[-1]).sum(0)
+
+
+def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
+    """Change the class of the tuned nn.Linear and nn.Embedding layers; "auto": of those where it is cheaper."""
+    layers: dict[int, list[nn.Module]] = {}  # of each weight, those whose own forward can be replaced
+    for m in model.modules():
+        plain = "forward" not in vars(m) or hasattr(m, "_hf_hook")  # accelerate wraps forward, and calls the old one
+        if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
+            layers.setdefault(id(m.weight), []).append(m)
+    chosen: dict[int, list[tuple[nn.Module, Entries, bool]]] = {}
+    for number, (weight, index) in enumerate(zip(apet._weights, apet._indices, strict=True)):
+        if id(weight) in layers and backend != "hook" and weight is not apet._waited_for:
+            made = [(m, *choose_entries(m, number, weight, index)) for m in layers[id(weight)]]
+            if backend == "gather" or any(cheaper for _, _, cheaper in made):
+                chosen[number] = made
+    probe, pending = torch.zeros((), requires_grad=True), {}
+    link, *pieces = Link.apply(apet.values, probe, apet, list(chosen), pending)
+    nodes = link.grad_fn, torch.autograd.graph.get_gradient_edge(probe).node
+    for piece, made in zip(pieces, chosen.values(), strict=True):
+        device = made[0][1].weight.device
+        pending.setdefault(device, Pending(apet, device, *nodes))
+        for m, entries, _ in made:
+            apet._undo.callback(set_class, m, type(m))
+            entries = entries._replace(pending=pending[device], link=link, piece=piece)
+            set_class(m, TunedLinear if type(m) is nn.Linear else TunedEmbedding, entries)
+
+
+def choose_entries(layer: nn.Module, number: int, weight: nn.Parameter, index: Tensor) -> tuple[Entries, bool]:
+    """(what the layer needs, whether it is cheaper than the hook path); see COST."""
+    (height, width), k = weight.shape, len(index)
+    row, column = index // width, index % width
+    if type(layer) is nn.Embedding:  # its dense gradient costs its own size
+        keep, row = row.unique(return_inverse=True)
+        return Entries(weight, number, row, column, keep), height >= 512 and k < weight.numel() // 4
+    cost = COST["cpu" if weight.is_cpu else "cuda"]
+    keep, place = column.unique(return_inverse=True)
+    one_by_one, sampled = cost["entry"] * k, cost["dot"] * k + cost["line"] * (height + len(keep))
+    cheaper = min(one_by_one, sampled) + cost["line"] * len(keep) + cost["call"] < weight.numel()
+    if len(keep) >= 0.9 * width:  # nearly all: x itself, without a copy
+        keep, place = None, column
+    if sampled < one_by_one and weight.dtype != torch.float64:
+        ends, zeros = pad(torch.bincount(row, minlength=height).cumsum(0), (1, 0)), torch.zeros(k, device=weight.device)
+        with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
+            warnings.simplefilter("ignore")
+            table = torch.sparse_csr_tensor(ends, place, zeros, size=(height, width if keep is None else len(keep)))
+        return Entries(weight, number, row, place, keep, table), cheaper
+    if keep is not None and k == len(keep):  # no column twice: no second selection in backward
+        keep, place = column, None
+    return Entries(weight, number, row, place, keep), cheaper
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
+# Positions: where the tuned scalars are
+# ----------------------------------------------------------------------------------------------------------------------
+
+MASKS = ("random", "row", "column", "block", "tensor", "magnitude", "gradient")
+COUNTED = ("lora", "adapter", "prompt", "bitfit")  # methods whose size is a budget
+BLOCK = 16  # side of a tile of mask "block"
+ATTENTION = r"attention|attn|query_key_value|[./][qkvo](_proj|_lin)?\.|[./]out_proj\."
+MLP = r"mlp|ffn|feed_?forward|dense\w*dense|experts|intermediate|(?<!attention\.)output\.dense|[./](fc_?\w*|w[io](_\d)?)\."
+WHERE = {  # patterns of "classes of the modules that hold it/name", in lower case
+    "all": "",
+    "attention": rf"^(?![^/]*norm)[^/]*(?=/).*?({ATTENTION})",
+    "mlp": rf"^(?![^/]*norm)[^/]*(?=/).*?({MLP})",
+    "embedding": rf"^(?![^/]*norm)(?![^/]*(?=/).*?({ATTENTION})).*embed",
+    "norm": r"^[^/]*norm",
+    "bias": r"[/._]bias$",
+    "encoder": r"[/.]encoder\.",
+    "decoder": r"[/.]decoder\.",
+}
+
+
+def select_positions(
+    model: nn.Module, budget: Budget, mask: Mask = "random", seed: int = 0, where: str = "all", batches: Batches = None
+) -> dict[str, Tensor]:
+    """Choose exactly `budget` scalars of `model`: {parameter name: sorted int64 flat (row-major) indices, on the CPU}.
+
+    Names and order are those of `model.named_parameters()`: a shared (tied) parameter counts once, by identity. The choice
+    depends on the model's shapes and the arguments alone ("magnitude", "gradient": on weights, too), on no machine or device.
+
+    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars; or a method's name ("lora",
+        "adapter", "prompt", "bitfit"): as many as that method trains on this model.
+    mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact
+        count (a matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long
+        as they fit, the next one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches`
+        (equal scores: the first); or the caller's own {name: flat indices}, when `budget` may be None.
+    where: a key of WHERE, "layers:0-3", or a regular expression searched for in the parameter names.
+    batches: for "gradient": keyword arguments of the model, labels included, or functions that return a loss.
+
+    Memory is O(budget), also for a model on the meta device, but for "magnitude" (a copy of one tensor at a time) and
+    "gradient" (a squared gradient of all candidates). Raises ValueError for what can't be chosen.
+    """
+    if isinstance(mask, Mapping):
+        return _own_positions(model, budget, mask)
+    one_of(mask, MASKS, "mask")
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"the position seed must be a whole number from 0 on, not {seed!r}")
+    names, tensors = zip(*candidates(model, where).items(), strict=True)
+    sizes = np.array([p.numel() for p in tensors])
+    k, ends = parse_budget(budget, model), np.cumsum(sizes)
+    if k > ends[-1]:
+        raise UserError(f"a budget of {k:,} is above the {ends[-1]:,} scalars of where={where!r}")
+    bits = np.random.PCG64(np.random.SeedSequence(int(seed)))  # numpy keeps this raw stream fixed over its versions
+    if mask == "random":
+        flat = _draw(int(ends[-1]), k, bits)
+        parts = np.split(flat, np.searchsorted(flat, ends[:-1]))
+        indices = [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
+    elif mask == "tensor":  # as the authors' code does: those that still fit; then, for the exact count, part of the next
+        order, taken = np.argsort(bits.random_raw(len(sizes)), kind="stable"), np.zeros(len(sizes), int)
+        for i in order:
+            taken[i] = sizes[i] if sizes[i] <= k - taken.sum() else 0
+        for i in order:
+            taken[i] = taken[i] or min(sizes[i], k - taken.sum())
+        indices = [np.arange(t) for t in taken]
+    elif mask in ("magnitude", "gradient"):
+        indices = _largest(list(tensors) if mask == "magnitude" else _squared_gradients(model, tensors, batches), k)
+    else:
+        indices = _draw_units(mask, tensors, k, bits)
+    return {n: torch.from_numpy(np.ascontiguousarray(i)) for n, i in zip(names, indices, strict=True) if len(i)}
+
+
+def one_of(word: object, known: Iterable[str], what: str) -> str:
+    """`word` if it is known; else a UserError that names the closest."""
+    known = list(known)
+    if isinstance(word, str) and word in known:
+        return word
+    close = difflib.get_close_matches(str(word)[:100], known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "one of " + ", ".join(known)
+    raise UserError(f"unknown {what} {repr(word)[:100]}: {hint}")
+
+
+def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
+    """The floating-point parameters that `where` names, in the model's order, a tied one once."""
+    params = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
+    if any(hasattr(p, kind) for p in params.values() for kind in ("device_mesh", "ds_id", "_is_flat_param")):
+        raise UserError("the model is sharded (FSDP, DeepSpeed): APET needs whole weights; use data parallel or a device map")
+    owners: dict[int, str] = {}  # the classes of the modules that hold it
+    for m in model.modules():
+        for p in m._parameters.values():
+            owners[id(p)] = owners.get(id(p), "") + type(m).__name__.lower()
+    layers = re.fullmatch(r"layers:(\d{1,9})(?:-(\d{1,9}))?", str(where))
+    try:
+        if isinstance(where, str) and where in WHERE:
+            found = [n for n, p in params.items() if re.search(WHERE[where], f"{owners[id(p)]}/{n}".lower())]
+        elif layers:
+            numbers = {n: re.search(r"(?:^|\.)(?:block|blocks|layer|layers|h)\.(\d+)\.", n) for n in params}
+            found = [n for n, i in numbers.items() if i and int(layers[1]) <= int(i[1]) <= int(layers[2] or layers[1])]
+        else:
+            found = [n for n in params if re.search(where or "(", n)]
+    except (re.error, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as e:
+        known = f"none of {', '.join(WHERE)}, layers:0-3 and no regular expression"
+        raise UserError(f"where={repr(where)[:60]} is {known} ({str(e)[:80]})") from None
+    if not found:
+        some = ", ".join(list(params)[:: max(1, len(params) // 8)])
+        raise UserError(f"where={repr(where)[:60]} names no parameter; there are {len(params)} to tune, such as {some}")
+    return {n: params[n] for n in found}
+
+
+def parse_count(text: Budget, what: str) -> int:
+    """A whole number from 1 to 1e15, also as "1e4" or "10_000"."""
+    try:
+        number = float("" if text is None or isinstance(text, bool) else text)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{what} must be a number such as 10000, 1e4 or 10_000, not {repr(text)[:60]}") from None
+    if not 1 <= number <= 1e15 or number != int(number):
+        raise UserError(f"{what} must be a whole number from 1 on, not {repr(text)[:60]}")
+    return int(number)
+
+
+def parse_budget(budget: Budget, model: nn.Module) -> int:
+    """The number of scalars that `budget` means on this model (see `select_positions`)."""
+    total, text = sum(p.numel() for p in candidates(model).values()), str(budget).strip().lower()
+    if text in COUNTED:
+        return method_parameters(model, text)
+    if text.endswith("%"):
+        with contextlib.suppress(ValueError):
+            if 0 < float(text[:-1]) <= 100:
+                return parse_count(round(float(text[:-1]) * total / 100), f"the budget {text[:60]} of {total:,} scalars")
+        raise UserError(f"the budget {text[:60]} must be above 0% and at most 100%, and a scalar at least ({total:,} in all)")
+    k = parse_count(budget, f"the budget (a share such as 0.1% or a method, {', '.join(COUNTED)}, will do, too)")
+    if k > total:
+        raise UserError(f"a budget of {k:,} is above the {total:,} scalars of this model")
+    return k
+
+
+def _draw(n: int, k: int, bits: np.random.PCG64, ordered: bool = False) -> np.ndarray:
+    """`k` of range(n), each subset equally likely (the modulus is off by n / 2**64): sorted, or in random order."""
+    if ordered and 4 * k > n:
+        return np.argsort(bits.random_raw(n), kind="stable")[:k]
+
+    def draw(count: int) -> np.ndarray:
+        return (bits.random_raw(count) % np.uint64(n)).view(np.int64)
+
+    # What was drawn before is drawn again; never more than k, so nothing has to be thrown away.
+    if not ordered and 32 * k > n:  # many: a mark for each is faster than sorting
+        few = 2 * k > n  # are left out: draw those
+        marks = np.zeros(n, dtype=bool)
+        while missing := (n - k if few else k) - np.count_nonzero(marks):
+            marks[draw(missing)] = True
+        return np.flatnonzero(marks != few)
+    drawn = np.empty(0, dtype=np.int64)
+    while len(drawn) < k:
+        drawn = np.concatenate([drawn, draw(k - len(drawn))])
+        first = np.unique(drawn, return_index=True)[1]
+        drawn = drawn[np.sort(first) if ordered else first]
+    return drawn
+
+
+def _draw_units(mask: str, tensors: Iterable[Tensor], k: int, bits: np.random.PCG64) -> list[np.ndarray]:
+    """Sorted flat indices for each tensor: whole rows, columns or blocks in random order, k scalars in all."""
+    grid = []  # of each tensor: rows, columns, rows of a unit, columns of a unit
+    for t in tensors:
+        vector = (t.numel(), 1) if mask == "column" else (1, t.numel())
+        r, c = (t.shape[0], t.numel() // t.shape[0]) if t.ndim > 1 else vector
+        grid.append((r, c, *{"row": (1, c), "column": (r, 1), "block": (BLOCK, BLOCK)}[mask]))
+    R, C, h, w = np.array(grid, dtype=np.int64).T
+    across, down = -(-C // w), -(-R // h)
+    ends, state = np.cumsum(down * across), bits.state
+    units = int(ends[-1])
+    for n in (min(units, int(1.1 * k / ((R * C).sum() / units)) + 16), units):  # by their mean size; rarely, all
+        bits.state = state
+        unit = _draw(units, n, bits, ordered=True)
+        which = np.searchsorted(ends, unit, side="right")
+        local = unit - (ends - down * across)[which]
+        top, left = local // across[which] * h[which], local % across[which] * w[which]
+        bottom, right = np.minimum(top + h[which], R[which]), np.minimum(left + w[which], C[which])
+        filled = np.cumsum((bottom - top) * (right - left))
+        if filled[-1] >= k:
+            break
+    out: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in grid]
+    for u in range(int(np.searchsorted(filled, k)) + 1):  # the last is the one in which the count is reached
+        scalars = np.arange(top[u], bottom[u])[:, None] * C[which[u]] + np.arange(left[u], right[u])
+        out[which[u]].append(scalars.ravel()[: k - (filled[u - 1] if u else 0)])
+    return [np.sort(np.concatenate(o)) for o in out]
+
+
+def _largest(tensors: list[Tensor], k: int) -> list[np.ndarray]:
+    """Flat indices of the k entries of largest magnitude over all tensors; of equal ones the first in order."""
+    if any(t.is_meta for t in tensors):
+        raise UserError("this mask reads the weights, and the model is on the meta device: load it first")
+
+    def scores(t: Tensor) -> Tensor:
+        return t.detach().abs().flatten().to(torch.promote_types(t.dtype, torch.float32))
+
+    top = torch.empty(0)
+    for t in tensors:
+        top = torch.cat([top, scores(t).topk(min(k, t.numel())).values.cpu()])
+        top = top.topk(min(k, len(top))).values
+    above = [(scores(t) > top[-1].item()).nonzero().flatten().cpu() for t in tensors]
+    spare, out = k - sum(map(len, above)), []
+    for t, a in zip(tensors, above, strict=True):
+        ties = (scores(t) == top[-1].item()).nonzero().flatten()[:spare].cpu() if spare else a[:0]
+        spare -= len(ties)
+        out.append(torch.cat([a, ties]).sort().values.numpy())
+    return out
+
+
+def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches: Batches) -> list[Tensor]:
+    """Sum over the batches of each entry's squared gradient, fp32 (the empirical Fisher information of FISH masks)."""
+    batches = [] if batches is None or isinstance(batches, (str, Mapping, Tensor)) else list(batches)
+    if not batches or not all(callable(b) or isinstance(b, Mapping) for b in batches):
+        raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
+    sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in params}
+
+    def add(p: nn.Parameter) -> None:
+        sums[p] += p.grad.float().square()
+        p.grad = None
+
+    with contextlib.ExitStack() as undo:
+        for p in model.parameters():
+            undo.callback(setattr, p, "grad", p.grad)
+            undo.callback(p.requires_grad_, p.requires_grad)
+            p.grad = None
+            p.requires_grad_(p in sums)
+        for p in sums:
+            undo.callback(p.register_post_accumulate_grad_hook(add).remove)
+        for batch in batches:
+            (batch() if callable(batch) else model(**batch).loss).backward()
+    return list(sums.values())
+
+
+def _own_positions(model: nn.Module, budget: Budget, mask: Mapping) -> dict[str, Tensor]:
+    """The caller's {name: flat indices}, checked, sorted and in the model's order."""
+    params, out = candidates(model), {}
+    for name in sorted(mask, key=lambda name: list(params).index(one_of(name, params, "parameter"))):
+        try:
+            index = mask[name] if isinstance(mask[name], (Tensor, np.ndarray)) else list(mask[name])
+            index = torch.as_tensor(index, device="cpu")
+            whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+            if index.dim() != 1 or (index.numel() and not whole):
+                raise TypeError
+            index = index.to(torch.int64).sort().values
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise UserError(f"the positions of {name} must be a flat list of whole numbers") from None
+        if len(index) and not 0 <= index[0] <= index[-1] < params[name].numel():
+            last = params[name].numel() - 1
+            raise UserError(f"the positions of {name} must lie in 0 to {last:,}; they reach from {index[0]} to {index[-1]}")
+        if (index[1:] == index[:-1]).any():
+            raise UserError(f"the positions of {name} hold an index twice")
+        out |= {name: index} if len(index) else {}
+    k = sum(map(len, out.values()))
+    if not k:
+        raise UserError("the positions are empty: name at least one scalar")
+    if budget is not None and parse_budget(budget, model) != k:
+        raise UserError(f"a budget of {budget} does not agree with the {k:,} positions given (it may be left None)")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Save and load
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def save_tensors(tensors: dict[str, Tensor], file: str | os.PathLike, about: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then rename it: whoever reads sees all of it or nothing."""
-    from safetensors.torch import save
+def save_delta(apet: APET, file: str | os.PathLike, more: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
 
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    write_file(file, save(tensors, metadata={key: str(value) for key, value in about.items()}))
+    `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; `more` tensors under their names;
+    metadata: mask, seed, where, `about`, and `layout`: base64 of zlib of a JSON list of [name, shape, number of positions].
+    """
+    layout = [[n, list(w.shape), len(i)] for (n, i), w in zip(apet.positions.items(), apet._weights, strict=True)]
+    wide = max(w.numel() for w in apet._weights) > 2**31 - 1
+    indices = torch.cat(list(apet.positions.values())).to(torch.int64 if wide else torch.int32)
+    packed = b64encode(compress(json.dumps(layout).encode(), 9)).decode()
+    about = {"format": "apet 1", "layout": packed, **apet.about, **about}
+    save_tensors({**more, "values": apet.values, "indices": indices}, file, about)
+
+
+def load_delta(model: nn.Module, file: str | os.PathLike, backend: str = "auto") -> APET:
+    """The APET whose delta `file` holds, its values written into `model`. UserError for a broken or foreign file."""
+    tensors, about = load_tensors(file)
+    try:
+        layout = json.loads(decompressobj().decompress(b64decode(about["layout"], validate=True), 1 << 26))  # at most 64 MB
+        values, indices, own = tensors["values"], tensors["indices"], candidates(model)
+        shapes, counts = {n: tuple(shape) for n, shape, _ in layout}, [int(count) for _, _, count in layout]
+        if (values.dtype, about["format"]) != (torch.float32, "apet 1") or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError
+        if not values.shape == indices.shape == (sum(counts),) or len(shapes) < len(counts) or not values.isfinite().all():
+            raise ValueError
+        parts = dict(zip(shapes, indices.long().split(counts), strict=True))
+    except (KeyError, ValueError, TypeError, RecursionError, OverflowError, RuntimeError, ZlibError):
+        raise UserError(f"{file} is no delta of APET (or a broken one)") from None
+    for name, shape in shapes.items():
+        if name not in own:
+            raise UserError(f"{file} was made for another model: this one has no parameter {name[:100]!r}")
+        if tuple(own[name].shape) != shape:
+            raise UserError(f"{file} was made for another model: {name} is {shape} there and {tuple(own[name].shape)} here")
+    positions = select_positions(model, None, parts)
+    if list(positions) != list(parts) or any(not torch.equal(positions[n], i) for n, i in parts.items()):
+        raise UserError(f"{file} was made for another model: its parameters come in another order")
+    apet = APET(model, None, mask=positions, backend=backend)
+    apet.about = {key: about.get(key, "") for key in apet.about}
+    with torch.no_grad():
+        apet.values.copy_(values)
+    apet.write()
+    return apet
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, about: Mapping[str, str]) -> None:
+    """Write a safetensors file; the same tensors and texts give the same bytes."""
+    from safetensors.torch import save_file
+
+    def write(temporary: str) -> None:
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        save_file(copies, temporary, {key: str(text) for key, text in about.items()})
+        with open(temporary, "r+b") as f:  # whose metadata come in random order
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            f.seek(8)
+            f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+    write_file(file, write)
 
 
 def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -778,46 +797,49 @@ def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(file, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file} is not a safetensors file: {e}") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{file} is not a safetensors file: {str(e)[:200]}") from None
 
 
-def write_file(file: str | os.PathLike, content: bytes) -> None:
-    """Write under a temporary name in the same folder, then rename; what a process that was killed here left is removed."""
-    folder, name = os.path.split(os.path.abspath(file))
-    mine = f".{name}.{platform.node()}-"
-    temporary = os.path.join(folder, f"{mine}{os.getpid()}.tmp")
+def write_file(file: str | os.PathLike, write: Callable[[str], object]) -> None:
+    """`write` a temporary file in the same folder, then rename it: whoever reads sees all of it or nothing."""
+    temporary = f"{os.path.abspath(file)}.{os.getpid()}.tmp"
     try:
-        for other in os.listdir(folder):
-            number = other.removeprefix(mine).removesuffix(".tmp")
-            if other.startswith(mine) and number.isdecimal() and not is_running(int(number)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, other))
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
+        write(temporary)
+        with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, file)
     except OSError as e:
-        raise UserError(f"can't write {file}: {e.strerror}") from None
+        raise UserError(f"can't write {file}: {e.strerror or e}") from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
 
 
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The other methods of the paper
 # ----------------------------------------------------------------------------------------------------------------------
+
+import binascii
+import csv
+import hashlib
+import http.client
+import inspect
+import itertools
+import platform
+import random
+import resource
+import signal
+import string
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
 
 METHODS = ("apet", "full", *COUNTED, "none")
 LORA_RANK, LORA_ALPHA, ADAPTER_WIDTH, PROMPT_TOKENS = 8, 16, 24, 100  # the authors'
@@ -2129,7 +2151,7 @@ def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argp
             elif tuned.params and not args.load and (args.save or args.method != "full"):
                 result["delta"] = args.save or f"{file}.safetensors"
                 save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
-            write_file(f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
+            write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n"))
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{file}.state")
             if args.export:
@@ -2267,7 +2289,7 @@ def read_done(todo: list[argparse.Namespace], data: Data) -> dict[str, dict]:
 def check_shared(args: argparse.Namespace, todo: list[argparse.Namespace]) -> None:
     """All processes must see the same results and states: what one skips, the others would wait in for ever."""
     there = [os.path.exists(os.path.join(args.out, f"{cell.name}.{kind}")) for cell in todo for kind in ("json", "state")]
-    number = zlib.crc32(repr(there).encode())
+    number = binascii.crc32(repr(there).encode())
     seen = torch.tensor([number, -number], device=args.device)
     torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
     if seen[0] != -seen[1]:

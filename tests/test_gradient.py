@@ -11,6 +11,7 @@ from conftest import MODELS, VOCAB, batch_for, build, dense_gradient
 from torch import nn
 from torch.utils import backend_registration
 
+import apet as apet_module
 from apet import APET
 
 
@@ -194,21 +195,24 @@ def test_autocast_gives_autograds_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("way", ["product", "single", "sampled"])
-def test_each_way_to_a_linear_layers_gradient_gives_autograds(monkeypatch, way, dtype):
-    monkeypatch.setattr("apet.cheapest_way", lambda *shape: (0, way))
+@pytest.mark.parametrize("dot", [0.0, 1e9])  # sampled dot products; entry by entry
+def test_each_way_to_a_linear_layers_gradient_gives_autograds(monkeypatch, dot, dtype):
+    monkeypatch.setitem(apet_module.COST, "cpu", dict(entry=1e6, dot=dot, line=0, call=0))
     torch.manual_seed(0)
-    layer, x = nn.Linear(300, 200).to(dtype), torch.randn(9, 130, 300, dtype=dtype)  # 1,170 tokens: "single" takes them in parts
+    layer, x = (
+        nn.Linear(300, 200).to(dtype),
+        torch.randn(9, 130, 300, dtype=dtype),
+    )  # 1,170 tokens: more than are taken at once
     reference = copy.deepcopy(layer).double()
     for part in (x, x[0], x[0, 0]):  # many tokens, few, and a vector
         reference(part.double()).square().sum().backward()
     for budget in ("0.1%", 5_000):
-        apet = APET(layer, budget, where="weight", backend="gather")
-        assert layer._forward_hooks
+        tuned = APET(layer, budget, where="weight", backend="gather")
+        assert type(layer) is apet_module.TunedLinear and (layer.tuned.table is not None) == (dot == 0 and dtype != torch.float64)
         for part in (x, x[0], x[0, 0]):
             layer(part).square().sum().backward()
-        close(apet.values.grad, expected({"weight": reference.weight.grad}, apet), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4)
-        apet.remove()
+        close(tuned.values.grad, expected({"weight": reference.weight.grad}, tuned), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4)
+        tuned.remove()
 
 
 def test_device_map_moves_between_devices_as_accelerate_does():
@@ -225,7 +229,7 @@ def test_device_map_moves_between_devices_as_accelerate_does():
     apet = APET(model, "10%", backend="gather")
     model(**batch).loss.backward()
     close(apet.values.grad, expected(grads, apet))
-    assert model.encoder.block[0].layer[0].SelfAttention.q._forward_pre_hooks  # the gather path
+    assert apet_module.TunedLinear.forward is model.encoder.block[0].layer[0].SelfAttention.q._old_forward.__func__  # gather
 
 
 @pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs torch 2.13")
