@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Every experiment of the paper (Su et al., EMNLP 2023): one apet.py command for each experiment, model and task.
-#
 #   ./run_grid.sh --list              print the commands, one a line, for xargs, GNU parallel or a SLURM array
 #   ./run_grid.sh --gpus 0,1,2,3      run them, four at a time, one GPU each (0+1,2+3: two at a time, two GPUs each)
 #   ./run_grid.sh --offline           the study on the toy family, on a CPU: at most two hours on 2 cores
@@ -10,7 +9,6 @@
 #   --seeds N   position seeds (default: as in the tables)
 #   --jobs N    commands at a time without --gpus (default: 1; offline: the number of cores)
 #   --out DIR   results, logs in DIR/logs (default: results/grid; offline: results/offline)
-#
 # Start the same command again to continue: what is done is skipped, a run that was interrupted goes on where it was. A command
 # that fails is named at the end and in the exit status, and stops no other. When this script ends, by kill -9 too, its commands
 # save their state and end; the next start with the same DIR waits for that. Then: python results/report.py DIR --out DIR
@@ -98,8 +96,7 @@ command -v python >/dev/null || fail "there is no python: activate the virtual e
 mkdir -p "$out/logs"
 exec 9>"$out/logs/lock" # the commands inherit it: it is locked until the last of them ends
 lock() { python -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX$1)" 2>/dev/null; }
-lock " | fcntl.LOCK_NB" || { echo "run_grid: waiting for the commands of another start with $out" >&2 && lock ""; } ||
-    true # there are file systems without locks
+lock " | fcntl.LOCK_NB" || { echo "run_grid: waiting for another start with $out" >&2 && lock ""; } || true # not every disk can
 state=$(mktemp -d) SECONDS=0
 printf %s "$commands" | sort -rn >"$state/list"
 touch "$state/ended"
