@@ -143,13 +143,14 @@ def start(tmp_path):
     yield starts
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_start_that_is_killed_leaves_no_commands_beside_the_next_one(start, tmp_path, number):
     notes = tmp_path / "notes"
-    first = start(lasts=60)
+    first = start(lasts=30)
     wait_for(lambda: len(notes_of(notes)) == 2)
     first.send_signal(number)
     if number == signal.SIGKILL:
@@ -165,7 +166,7 @@ def test_a_start_that_is_killed_leaves_no_commands_beside_the_next_one(start, tm
 
 
 def test_commands_of_a_killed_start_end_without_a_next_one(start, tmp_path):
-    first = start(lasts=60)
+    first = start(lasts=30)
     wait_for(lambda: len(notes_of(tmp_path / "notes")) == 2)
     first.kill()
     wait_for(lambda: len(notes_of(tmp_path / "notes")) == 4, 10)
