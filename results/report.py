@@ -309,12 +309,8 @@ def high_level(full: np.ndarray, rows: int) -> float:
 
 def in_between(g: Group, main: list[Group]) -> bool:
     """Whether the mean lies strictly between the levels of the low and the high threshold."""
-    full = full_of(main, g.case)
-    return full is not None and low_level(g.guess, g.rows) < g.mean < high_level(full.scores, full.rows)
-
-
-def full_of(main: list[Group], case: tuple[str, int, str]) -> Group | None:
-    return next((g for g in main if g.method == "full" and g.case == case), None)
+    high = [high_level(f.scores, f.rows) for f in main if f.method == "full" and f.case == g.case]
+    return bool(high) and low_level(g.guess, g.rows) < g.mean < high[0]
 
 
 def crossing(x: np.ndarray, means: np.ndarray, level: float) -> float:
@@ -326,19 +322,17 @@ def crossing(x: np.ndarray, means: np.ndarray, level: float) -> float:
 
 
 def threshold(apet: list[Group], full: Group | None, kind: str) -> Threshold:
-    """The low or high threshold of one model and task, with a 90 % bootstrap interval.
+    """Where the mean score, linear in log10(budget), crosses low_level or high_level, with a 90 % bootstrap interval.
 
-    Budget 10^x where x is the crossing of the mean score, linear in log10(budget), with low_level or high_level. Each of the
-    1,000 draws takes as many position seeds of each budget (and training seeds of full) as there are, with replacement.
+    Each draw takes as many position seeds of each budget (and training seeds of full) as there are, with replacement.
     """
-    nothing = Threshold(math.nan, "no full run", math.nan, math.nan, math.nan, math.nan)
-    if kind == "high" and full is None:
-        return nothing
-    level = low = low_level(apet[0].guess, apet[0].rows)
+    smallest, largest = float(apet[0].budget), float(apet[-1].budget)
+    level = low_level(apet[0].guess, apet[0].rows)
     if kind == "high":
+        if full is None or full.mean < level:
+            why = "no full run" if full is None else "full at random guess"
+            return Threshold(math.nan, why, math.nan, math.nan, smallest, largest)
         level = high_level(full.scores, full.rows)
-        if full.mean < low:
-            return nothing._replace(mark="full at random guess")
     x = np.log10([g.budget for g in apet])
     cross = crossing(x, np.array([g.mean for g in apet]), level)
     i = len(apet) - 1 if cross == math.inf else int((x >= cross).argmax())
@@ -354,20 +348,17 @@ def threshold(apet: list[Group], full: Group | None, kind: str) -> Threshold:
         levels = [high_level(f, full.rows) for f in redraw(full.scores)] if kind == "high" else [level] * BOOTSTRAP
         draws = sorted(crossing(x, m, v) for m, v in zip(means, levels, strict=True))
         ends = tuple(10**d if math.isfinite(d) else d for d in (draws[BOOTSTRAP // 20], draws[-1 - BOOTSTRAP // 20]))
-    smallest, largest = float(apet[0].budget), float(apet[-1].budget)
-    if math.isfinite(cross):
-        return Threshold(10**cross, "", *ends, smallest, largest)
-    value, mark = (largest, ">") if cross > 0 else (smallest, "<=")
+    value, mark = (10**cross, "") if math.isfinite(cross) else (largest, ">") if cross > 0 else (smallest, "<=")
     return Threshold(value, mark, *ends, smallest, largest)
 
 
 def thresholds(main: list[Group]) -> dict[tuple, Threshold]:
     """By model, its parameters, task and kind ('low', 'high')."""
-    apet = defaultdict(list)
+    apet, full = defaultdict(list), {g.case: g for g in main if g.method == "full"}
     for g in main:
         if g.method == "apet":
             apet[g.case].append(g)
-    return {(*case, kind): threshold(line, full_of(main, case), kind) for case, line in apet.items() for kind in ("low", "high")}
+    return {(*case, kind): threshold(line, full.get(case), kind) for case, line in apet.items() for kind in ("low", "high")}
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -377,10 +368,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def permutation(lines: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
-    """Mean slope of the lines, one-sided p (falling) and two-sided p, from shuffling each line's y over its x.
-
-    p = (1 + number of the 10,000 shuffles with a mean slope at most the observed one) / 10,001; two-sided: of absolute values.
-    """
+    """Mean slope of the lines, and p for falling and two-sided: the part of shuffles of y over x whose mean slope is as extreme."""
     rng = np.random.default_rng(0)
     seen = float(np.mean([slope(x, y) for x, y in lines]))
     draws = sum(slope(x, rng.permuted(np.tile(y, (PERMUTATIONS, 1)), axis=1)) for x, y in lines) / len(lines)
@@ -470,9 +458,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def bullets(items: Iterable[str]) -> str:
-    return "".join(
-        textwrap.fill(f"- {x}", 132, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) + "\n" for x in items
-    )
+    wrapper = textwrap.TextWrapper(132, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "".join(wrapper.fill(f"- {x}") + "\n" for x in items)
 
 
 def ordered(labels: Iterable[str]) -> list[str]:
@@ -516,16 +503,12 @@ def missing(main: list[Group]) -> list[str]:
             elsewhere = {g.label for g in apet if g.task == task and (not g.label[0].isdigit() or g.budget <= total)}
             methods = [m for m in METHODS if all(g.method != m for g in here)]
             budgets = ordered(elsewhere - {g.label for g in mine})
-            if not here:
-                gaps["no run", task].append(model)
-                continue
-            if methods:
-                gaps[f"no {', '.join(methods)}", task].append(model)
-            if budgets:
-                gaps[f"no APET at {' · '.join(budgets)}", task].append(model)
+            lacks = [f"no {', '.join(methods)}"] * bool(methods) + [f"no APET at {' · '.join(budgets)}"] * bool(budgets)
             for n in sorted({g.positions for g in mine if g.positions < usual}):
                 few = " · ".join(g.label for g in mine if g.positions == n)
-                gaps[f"{n} of {usual} position seeds at {few}", task].append(model)
+                lacks.append(f"{n} of {usual} position seeds at {few}")
+            for lack in lacks if here else ["no run"]:
+                gaps[lack, task].append(model)
     same = defaultdict(list)
     for (lack, task), models in gaps.items():
         same[", ".join(models), lack].append(task)
@@ -645,9 +628,9 @@ def panels(titles: list[str], x: str, y: str, xs: list[int]) -> tuple[plt.Figure
 
 def panel_a_task(main: list[Group], x: str, y: str, xs: list[int]) -> tuple[plt.Figure, list[tuple[plt.Axes, list[Group]]]]:
     """A panel for each task, with its groups."""
-    tasks = {t: [g for g in main if g.task == t] for t in sorted({g.task for g in main})}
-    figure, axes = panels([f"{t} ({groups[0].metric})" for t, groups in tasks.items()], x, y, xs)
-    return figure, list(zip(axes, tasks.values(), strict=True))
+    tasks = [[g for g in main if g.task == t] for t in sorted({g.task for g in main})]
+    figure, axes = panels([f"{groups[0].task} ({groups[0].metric})" for groups in tasks], x, y, xs)
+    return figure, list(zip(axes, tasks, strict=True))
 
 
 def explain(ax: plt.Axes, label: str, **look) -> None:
@@ -738,7 +721,7 @@ def plot_thresholds(main: list[Group], found: dict) -> plt.Figure | None:
                     sign = "≤" if t.mark == "<=" else ">"
                     ax.annotate(sign, (x, t.value), (4, 0), textcoords="offset points", fontsize=8, va="center")
         explain(ax, "90 % interval", linewidth=1)
-        explain(ax, "not measured there", marker="s", markersize=5, linestyle="none", **HOLLOW)
+        explain(ax, "outside the budgets", marker="s", markersize=5, linestyle="none", **HOLLOW)
     return figure
 
 
@@ -753,7 +736,7 @@ def draw(main: list[Group], found: dict, out: Path, suffix: str) -> list[str]:
         look = {"ncols": math.ceil(len(handles) / rows), "fontsize": 8, "frameon": False, "handlelength": 3.2}
         figure.legend(handles.values(), handles, loc="outside upper center", **look)
         figure.savefig(out / name, dpi=150)
-        Image.open(out / name).convert("RGB").quantize(64).save(out / name, optimize=True)  # a quarter of the bytes
+        Image.open(out / name).convert("RGB").quantize(256).save(out / name, optimize=True)  # a third of the bytes
         plt.close(figure)
     return list(figures)
 

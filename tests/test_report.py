@@ -380,7 +380,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data(), json_values)
 def test_whatever_a_file_holds_the_answer_is_a_report_or_a_line(tmp_path_factory, data, value):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -408,6 +408,8 @@ def test_figures_are_pictures(runs, out):
         picture = image.imread(out / name)
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02 and (out / name).stat().st_size < 150_000
         assert f"]({name})" in text
+    pixels = {tuple(p) for p in (image.imread(out / "budget-t5.png")[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= pixels  # the colours of the two models
 
 
 @pytest.mark.parametrize("what", ["full alone", "lora alone", "other mask alone"])
