@@ -103,7 +103,6 @@ class Group(NamedTuple):
     budget: int
     label: str  # the budget in words: a number, or what it was called ("lora", "0.1%") when the number depends on the model
     scores: np.ndarray
-    positions: int
     runs: int
     rows: int
     guess: float
@@ -113,6 +112,10 @@ class Group(NamedTuple):
     @property
     def case(self) -> tuple[str, int, str]:
         return self[:3]  # model, its parameters, task
+
+    @property
+    def positions(self) -> int:
+        return len(self.scores) if self.method == "apet" else 0
 
     @property
     def mean(self) -> float:
@@ -182,16 +185,18 @@ def read(paths: list[Path]) -> tuple[list[dict], list[str]]:
         except OSError as e:
             notes.append(f"skipped {file.name}: {e.strerror}")
             continue
-        lines, bad = whole.splitlines() if file.suffix == ".jsonl" else [whole], defaultdict(list)
-        for n, text in enumerate(lines, 1):
-            run = parse(text) if text.strip() or len(lines) == 1 else None
+        several, bad = file.suffix == ".jsonl", defaultdict(list)
+        for n, text in enumerate(whole.splitlines() if several else [whole], 1):
+            if several and not text.strip():
+                continue
+            run = parse(text)
             if isinstance(run, str):
-                bad[run].append(str(n))
-            elif run:
+                bad[run].append(n)
+            else:
                 runs.append({"name": file.stem, **run})
-        for why, n in bad.items():
-            where = f", line {', '.join(n[:3])}{f' and {len(n) - 3:,} more' * (len(n) > 3)}" * (file.suffix == ".jsonl")
-            notes.append(f"skipped {file.name}{where}: {why}")
+        for why, at in bad.items():
+            where = f", line {at[0]}" + f" and {len(at) - 1:,} more" * (len(at) > 1)
+            notes.append(f"skipped {file.name}{where * several}: {why}")
     return runs, notes
 
 
@@ -280,7 +285,7 @@ def collect(runs: list[dict]) -> list[Group]:
         plain = not apet or any(re.fullmatch(r"[\d_.]+(e\+?\d+)?", x.lower()) for x in names)
         label = f"{key[-1]:,}" if plain else names[0]
         about = [rs[0][x] for x in ("random_guess", "majority", "metric")]
-        groups.append(Group(*key, label, scores, len(seeds) * apet, len(rs), min(r["rows"] for r in rs), *about))
+        groups.append(Group(*key, label, scores, len(rs), min(r["rows"] for r in rs), *about))
     return sorted(groups, key=lambda g: (family(g.model), g.total, g.model, g.task, g.method, str(g.mask), g.budget))
 
 
@@ -633,9 +638,13 @@ def panel_a_task(main: list[Group], x: str, y: str, xs: list[int]) -> tuple[plt.
     return figure, list(zip(axes, tasks, strict=True))
 
 
+def line(ax: plt.Axes, points: list[tuple[float, float]], **look) -> None:
+    ax.plot([x for x, _ in points], [y for _, y in points], **look)
+
+
 def explain(ax: plt.Axes, label: str, **look) -> None:
     """A grey entry of the legend."""
-    ax.plot([], [], color="0.4", label=label, **look)
+    line(ax, [], color="0.4", label=label, **look)
 
 
 def plot_scale(main: list[Group], found: dict) -> plt.Figure:
@@ -645,9 +654,9 @@ def plot_scale(main: list[Group], found: dict) -> plt.Figure:
     lines += [(f"APET, {x}", style(METHODS.index(x) if x in METHODS else 5) | HOLLOW) for x in compared(main)]
     for ax, here in axes:
         for name, look in lines:
-            line = [g for g in here if g.column == name]
-            if line:
-                ax.plot([g.total for g in line], [g.mean for g in line], label=name, **look)
+            points = [(g.total, g.mean) for g in here if g.column == name]
+            if points:
+                line(ax, points, label=name, **look)
         ax.axhline(here[0].guess, linestyle=":", color="0.4", label="random guess")
     return figure
 
@@ -664,34 +673,30 @@ def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
         if ax is not axes[0][0]:
             ax.sharey(axes[0][0])
         for i, label in enumerate(ordered(g.label for g in several)):
-            line = [g for g in here if g.label == label and g.positions > 1]
-            points = [(g.total, max(g.sd, FLOOR)) for g in line]
-            inside = [p for p, g in zip(points, line, strict=True) if in_between(g, main)]
-            ax.plot([x for x, _ in points], [y for _, y in points], label=f"budget {label}", **style(i) | HOLLOW)
-            ax.plot([x for x, _ in inside], [y for _, y in inside], **style(i) | {"linestyle": "none"})
+            points = {(g.total, max(g.sd, FLOOR)): g for g in here if g.label == label and g.positions > 1}
+            line(ax, list(points), label=f"budget {label}", **style(i) | HOLLOW)
+            line(ax, [p for p, g in points.items() if in_between(g, main)], **style(i) | {"linestyle": "none"})
         explain(ax, "filled: between guess and full", marker="s", markersize=5, linestyle="none")
     return figure
 
 
 def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
     """Score against APET's budget: each model."""
-    apet = [g for g in main if g.method == "apet"]
-    if not apet:
+    budgets, models = [g.budget for g in main if g.method == "apet"], unique(g[:2] for g in main)
+    if not budgets:
         return None
-    figure, axes = panel_a_task(main, "budget (tuned scalars)", "score", [g.budget for g in apet])
-    models = unique(g[:2] for g in main)
+    figure, axes = panel_a_task(main, "budget (tuned scalars)", "score", budgets)
     for ax, here in axes:
         for i, model in enumerate(models):
-            for g in here:
-                if g[:2] == model and g.method == "full":
+            for g in [g for g in here if g[:2] == model]:
+                if g.method == "full":
                     ax.axhline(g.mean, color=COLOURS[i % 7], linestyle=LINES[i % 5], linewidth=0.8)
-                elif g[:2] == model and g.method == "none":
+                if g.method == "none":
                     ax.axhline(g.mean, linestyle="-.", color="0.4", linewidth=0.8, label="head alone")
-            line = [g for g in here if g[:2] == model and g.method == "apet"]
-            if line:
-                x, y, bars = zip(*((g.budget, g.mean, np.nan_to_num(g.sd)) for g in line), strict=True)
-                ax.plot(x, y, label=model[0], **style(i))
-                ax.errorbar(x, y, bars, fmt="none", ecolor=COLOURS[i % 7], elinewidth=1.4, capsize=2)
+            points = [(g.budget, g.mean, np.nan_to_num(g.sd)) for g in here if g[:2] == model and g.method == "apet"]
+            if points:
+                line(ax, [p[:2] for p in points], label=model[0], **style(i))
+                ax.errorbar(*zip(*points, strict=True), fmt="none", ecolor=COLOURS[i % 7], elinewidth=1.4, capsize=2)
         if any(g.method == "full" for g in main):
             explain(ax, "thin: full fine-tuning", linewidth=0.8)
         ax.axhline(here[0].guess, linestyle=":", color="0.4", label="random guess")
@@ -710,10 +715,9 @@ def plot_thresholds(main: list[Group], found: dict) -> plt.Figure | None:
         ax.set_yscale("log")
         for i, task in enumerate(tasks):
             aside = 1.06 ** (i - len(tasks) / 2)  # so that intervals don't cover each other
-            line = [(key[1] * aside, t) for key, t in usable.items() if key[2:] == (task, kind)]
-            inside = [(x, t.value) for x, t in line if t.mark == ""]
-            ax.plot([x for x, _ in inside], [y for _, y in inside], label=task, **style(i))
-            for x, t in line:
+            points = [(key[1] * aside, t) for key, t in usable.items() if key[2:] == (task, kind)]
+            line(ax, [(x, t.value) for x, t in points if t.mark == ""], label=task, **style(i))
+            for x, t in points:
                 if not math.isnan(t.low):
                     ax.plot([x, x], np.clip([t.low, t.high], t.smallest, t.largest), color=COLOURS[i % 7], linewidth=1)
                 if t.mark:

@@ -347,8 +347,8 @@ def test_lines_that_are_no_results_are_named(runs, out, capsys):
     text, rows = made(runs, out)
     assert [r["runs"] for r in rows] == ["3"]
     assert "skipped runs.jsonl, line 2: broken JSON" in text
-    assert "skipped runs.jsonl, line 6, 7, 8 and 2 more: no result of apet.py" in text
-    assert "skipped binary.jsonl, line 1, 2: broken JSON" in text
+    assert "skipped runs.jsonl, line 6 and 4 more: no result of apet.py" in text
+    assert "skipped binary.jsonl, line 1 and 1 more: broken JSON" in text
     assert capsys.readouterr().err.count("report: skipped") == 3
 
 
