@@ -73,10 +73,10 @@ def test_options_choose_and_wrong_ones_are_one_line():
 
 
 def test_a_command_that_fails_stops_no_other_and_is_named_with_its_reason(tmp_path):
-    """A stand-in for python notes its GPUs and its command, and fails for one task."""
+    """A stand-in for python notes its GPUs and its command, fails for one task and is killed in another."""
     (tmp_path / "python").write_text(
-        '#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*" >>"$NOTES"\n'
-        'case "$*" in *mnli*) echo "apet: error: no such luck"; exit 2;; esac\n'
+        '#!/bin/sh\n[ "$1" = apet.py ] || exit 0\necho "$CUDA_VISIBLE_DEVICES $*" >>"$NOTES"\n'
+        'case "$*" in *mnli*) echo "apet: error: no such luck"; exit 2;; *rte*) kill -9 $$;; esac\n'
     )
     (tmp_path / "python").chmod(0o755)
     notes, options = (
@@ -88,8 +88,100 @@ def test_a_command_that_fails_stops_no_other_and_is_named_with_its_reason(tmp_pa
     ran = [line.split(" ", 1) for line in notes.read_text().splitlines()]
     assert sorted(argv.replace("apet.py ", "", 1) for _, argv in ran) == sorted(listed(*options)) and len(ran) == 8
     assert {gpus for gpus, _ in ran} <= {"0,1", "2"}
-    assert outcome.stderr.count("no such luck") == 1 and "1 commands failed" in outcome.stderr
+    assert outcome.stderr.count("no such luck") == 1 and "2 commands failed" in outcome.stderr
     assert re.search(r"python apet.py --model bert-base --task mnli .*\n    apet: error: no such luck", outcome.stderr)
+    assert re.search(r"python apet.py --model bert-base --task rte .*\n    ended by signal 9", outcome.stderr)
+
+
+def test_progress_counts_the_runs_of_the_chosen_experiments_alone(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    names = ["full-s0", "full-s1", "lora-s0", "apet-random-1e3-p0-s0", "apet-random-1e1-p1-s0", "apet-row-1e4-p0-s0"]
+    for name in names:
+        (tmp_path / f"toy-base-toy-qa-{name}-0123abcd.json").touch()
+    options = ["--offline", "--quick", "--models", "toy-base", "--tasks", "toy-qa", "--out", tmp_path]
+    for experiment, count in (("full", "2 of 2"), ("methods", "1 of 4"), ("position", "1 of 4"), ("budget", "1 of 6"),
+                              ("structure", "1 of 11"), ("full,structure", "3 of 13")):  # fmt: skip
+        outcome = grid(*options, "--experiments", experiment, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        assert outcome.stderr.splitlines()[-1].startswith(f"{count} runs done, 0 commands failed, "), outcome.stderr
+
+
+STAND_IN = """#!/bin/sh
+# In place of python: a command that lasts $LASTS seconds, and takes one more to save its state when it gets SIGTERM.
+[ "$1" = apet.py ] || exec {python} "$@"
+trap 'kill $!; sleep 1; echo "saved $$" >>"$NOTES"; exit 143' TERM
+echo "begun $$" >>"$NOTES"
+sleep "$LASTS" & wait
+echo "done $$" >>"$NOTES"
+"""
+
+
+def notes_of(file):
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts four commands, two at a time, whose python is the stand-in; what they note is in tmp_path / "notes"."""
+    (tmp_path / "python").write_text(STAND_IN.format(python=sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    options = ["--offline", "--quick", "--models", "toy-tiny", "--tasks", "toy-qa", "--jobs", "2", "--out", str(tmp_path / "out")]
+    started = []
+
+    def starts(lasts):
+        more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes"), "LASTS": str(lasts)}
+        started.append(subprocess.Popen([GRID, *options], env=environment(**more), stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield starts
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_start_that_is_killed_leaves_no_commands_beside_the_next_one(start, tmp_path, number):
+    notes = tmp_path / "notes"
+    first = start(lasts=30)
+    wait_for(lambda: len(notes_of(notes)) == 2)
+    first.send_signal(number)
+    if number == signal.SIGKILL:
+        first.wait()  # and the next start comes at once
+    else:
+        assert first.wait(10) == 130 and "the same command continues" in first.stderr.read()
+        assert [word for word, _ in notes_of(notes)] == ["begun", "begun", "saved", "saved"]
+    second = start(lasts=0.1)
+    said = second.communicate(timeout=60)[1]
+    assert second.returncode == 0 and ("waiting for another start" in said) == (number == signal.SIGKILL), said
+    words = [word for word, _ in notes_of(notes)]
+    assert words[:4] == ["begun", "begun", "saved", "saved"] and words[4:].count("done") == words[4:].count("begun") == 4
+
+
+def test_commands_of_a_killed_start_end_without_a_next_one(start, tmp_path):
+    first = start(lasts=30)
+    wait_for(lambda: len(notes_of(tmp_path / "notes")) == 2)
+    first.kill()
+    wait_for(lambda: len(notes_of(tmp_path / "notes")) == 4, 10)
+    assert [word for word, _ in notes_of(tmp_path / "notes")] == ["begun", "begun", "saved", "saved"]
+    pids = {pid for _, pid in notes_of(tmp_path / "notes")}
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+
+
+def test_a_second_start_with_the_same_folder_waits_for_the_first(start, tmp_path):
+    first = start(lasts=1)
+    wait_for(lambda: len(notes_of(tmp_path / "notes")) == 2)
+    second = start(lasts=0.1)
+    assert "waiting for another start" in second.communicate(timeout=60)[1] and first.wait(60) == second.returncode == 0
+    words = [word for word, _ in notes_of(tmp_path / "notes")]
+    assert words[:8].count("begun") == words[:8].count("done") == 4 and len(words) == 16
 
 
 def test_an_interrupted_study_continues_and_redoes_nothing(tmp_path):

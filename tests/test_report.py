@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 image = pytest.importorskip("matplotlib.image")
 SCRIPT = Path(__file__).resolve().parent.parent / "results" / "report.py"
@@ -18,8 +20,8 @@ SCALES = {"toy-tiny": 100_000, "toy-small": 1_000_000, "toy-base": 10_000_000}
 
 
 def put(folder, score, model="toy-base", task="t", method="apet", budget="1e3", mask_seed=0, seed=0, mask="random", **other):
-    """One result of apet.py, of 1,000 rows and random guess 0.5; other: further arguments, or date or total."""
-    apet, total = method == "apet", other.pop("total", SCALES.get(model, 10_000_000))
+    """One result of apet.py, of 1,000 rows and random guess 0.5; other: further arguments, or date, total or rate."""
+    apet, total, rate = method == "apet", other.pop("total", SCALES.get(model, 10_000_000)), other.pop("rate", None)
     arguments = {
         "model": model, "task": task, "method": method, "budget": budget if apet else None, "mask": mask if apet else None,
         "mask_seed": mask_seed if apet else None, "seed": seed, "lr": "auto", "steps": 600, "batch_size": 32,
@@ -30,7 +32,7 @@ def put(folder, score, model="toy-base", task="t", method="apet", budget="1e3", 
         "baselines": {"random_guess": 0.5, "majority": 0.52}, "total_params": total,
         "tuned_params": int(float(budget)) if apet else {"lora": 5_000}.get(method, total),
         "data": {"sizes": {"report": 1000}}, "device": "cpu here", "versions": {"torch": "2.13.0"},
-        "apet_sha256": "ab12" * 16, "date": other.pop("date", "2026-11-24T08:00:00"), "arguments": arguments | other,
+        "apet_sha256": "ab12" * 16, "date": other.pop("date", "2026-11-24T08:00:00"), "lr": rate, "arguments": arguments | other,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{len(list(folder.iterdir())):04}.json").write_text(json.dumps(result))
@@ -52,13 +54,13 @@ def made(folder, out):
     assert report.main([str(folder), "--out", str(out)]) == 0
     with open(out / "report.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    return " ".join((out / "README.md").read_text().split()), rows
+    return " ".join((out / "report.md").read_text().split()), rows
 
 
 @pytest.fixture(autouse=True)
 def figures(request, monkeypatch):
     """Drawing takes most of the time; only the tests that look at the files, and those of odd folders, draw."""
-    if not re.search("figures|markers_is_kept|partial", request.node.name):
+    if not re.search("figures|beside|partial", request.node.name):
         monkeypatch.setattr(report, "draw", lambda *_: [])
 
 
@@ -294,40 +296,105 @@ def test_structure(runs, out):
     assert [r["mean"] for r in rows if r["mask"] == "row"] == ["0.66"]
 
 
-def test_readme_around_the_markers_is_kept(runs, out):
+def test_a_report_lies_beside_its_data_and_is_the_same_again(runs):
+    """No page that a person wrote there is touched."""
     line(runs, (0.7,))
-    out.mkdir()
-    before, after = b"# mine\r\n\xe2\x80\x94 `<!-- report: begin -->` in a line\n\n", b"\n\ntail without a newline \xff"
-    readme = out / "README.md"
-    readme.write_bytes(before + b"<!-- report: begin -->\nold text\n<!-- report: end -->" + after)
-    made_twice = []
+    (runs / "README.md").write_bytes(b"mine")
+    before, made_twice = {f.name for f in runs.iterdir()}, []
     for _ in range(2):
-        assert report.main([str(runs), "--out", str(out)]) == 0
-        made_twice.append(readme.read_bytes())
-    new = made_twice[0]
-    assert new.startswith(before + b"<!-- report: begin -->\n") and new.endswith(b"<!-- report: end -->" + after)
-    assert b"old text" not in new and b"| toy-base |" in new and made_twice[1] == new
-    assert sorted(f.name for f in out.iterdir()) == [
-        "README.md",
-        "budget.png",
-        "positions.png",
-        "report.csv",
-        "scale.png",
-        "thresholds.png",
-    ]
+        assert report.main([str(runs)]) == 0
+        made_twice.append((runs / "report.md").read_bytes())
+    made_files = {"report.md", "report.csv", "scale.png", "positions.png", "budget.png", "thresholds.png"}
+    assert {f.name for f in runs.iterdir()} == before | made_files and made_twice[0] == made_twice[1]
+    assert (runs / "README.md").read_bytes() == b"mine"
 
 
-def test_readme_without_markers_is_appended_to(runs, out, capsys):
+def test_packed_runs_give_the_same_report(runs, out, tmp_path):
+    line(runs, (0.5, 0.7, 0.9))
+    full(runs, 0.79, 0.81)
+    first = min(runs.iterdir())
+    one = json.loads(first.read_text()) | {"loss_curve": [11.3376251, 2.0], "loss_every": 2}
+    first.write_text(json.dumps(one))
+    packed = tmp_path / "packed" / "runs.jsonl"
+    packed.parent.mkdir()
+    for _ in range(2):  # what was packed before is read as well, and written once
+        assert report.main([str(runs), str(packed), "--pack", str(packed)]) == 0
+    lines = [json.loads(x) for x in packed.read_text().splitlines()]
+    assert lines[0] == {"name": first.stem} | one | {"loss_curve": [11.34, 2.0]}
+    assert [x["name"] for x in lines] == sorted(f.stem for f in runs.iterdir())
+    assert made(runs, out / "many") == made(packed.parent, out / "folder") == made(packed, out / "file")
+    assert report.main([str(packed)]) == 0 and (packed.parent / "report.md").exists()
+
+
+def test_nothing_is_packed_when_a_file_cannot_be_read(runs, tmp_path, capsys):
     line(runs, (0.7,))
-    out.mkdir()
-    readme = out / "README.md"
-    readme.write_bytes(b"# mine")
-    made_text = made(runs, out)[0]
-    assert readme.read_bytes().startswith(b"# mine\n\n<!-- report: begin -->\n") and made_text.endswith("<!-- report: end -->")
-    half = b"a\n<!-- report: begin -->\nprecious\n"
-    readme.write_bytes(half)
-    assert report.main([str(runs), "--out", str(out)]) == 2
-    assert readme.read_bytes() == half and capsys.readouterr().err.count("\n") == 1
+    (runs / "cut.json").write_text('{"score": 0.')
+    packed = tmp_path / "runs.jsonl"
+    packed.write_text("old")
+    assert report.main([str(runs), "--pack", str(packed)]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "report: skipped cut.json: broken JSON"
+    assert packed.read_text() == "old"
+
+
+def test_lines_that_are_no_results_are_named(runs, out, capsys):
+    line(runs, (0.7,))
+    good = [f.read_text() for f in sorted(runs.iterdir())]
+    for file in runs.iterdir():
+        file.unlink()
+    foreign = '{"text": "a review", "label": 1}'
+    (runs / "runs.jsonl").write_text("\n".join([good[0], '{"cut', "", *good[1:], *[foreign] * 5]))
+    (runs / "binary.jsonl").write_bytes(b"\xff\xfe\x00\n\x00")
+    text, rows = made(runs, out)
+    assert [r["runs"] for r in rows] == ["3"]
+    assert "skipped runs.jsonl, line 2: broken JSON" in text
+    assert "skipped runs.jsonl, line 6 and 4 more: no result of apet.py" in text
+    assert "skipped binary.jsonl, line 1 and 1 more: broken JSON" in text
+    assert capsys.readouterr().err.count("report: skipped") == 3
+
+
+def test_rates_that_were_swept(runs, out):
+    for rate, score in ((0.01, 0.7), (0.003, 0.6)):
+        put(runs, score, lr=rate, rate=rate)
+    put(runs, 0.8, rate=0.005)
+    put(runs, 0.5, lr=0.1, rate=0.1, method="lora")  # one rate, no other
+    put(runs, 0.5, rate=0.001, method="full")  # no sweep
+    put(runs, 0.9, lr=0.03, rate=0.03, steps=5)  # another setting
+    assert report.main([str(runs), "--rates", "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "| toy-base | t | 600 | apet | 1000 | random | 0 | 0 | 0.003: 0.600 · 0.005: 0.800 (auto) · 0.01: 0.700 |" in text
+    assert "| toy-base | t | 600 | lora | 5000 |  |  | 0 | 0.1: 0.500 |" in text
+    assert "| toy-base | t | 5 | apet | 1000 | random | 0 | 0 | 0.03: 0.900 |" in text
+    assert text.count("toy-base") == 3
+
+
+def places(value, path=()):
+    """The path of each value in a JSON."""
+    yield path
+    for key, x in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(x, (*path, key))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([0, 10**400, "\ud800", "none", "apet"]),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), json_values)
+def test_whatever_a_file_holds_the_answer_is_a_report_or_a_line(tmp_path_factory, data, value):
+    folder = tmp_path_factory.mktemp("fuzz")
+    line(folder, (0.6, 0.7))
+    full(folder, 0.8)
+    changed = json.loads((folder / "0000.json").read_text()) | {"loss_curve": [1.0], "lr": 0.1}
+    *path, last = data.draw(st.sampled_from([p for p in places(changed) if p]))
+    inner = changed
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    (folder / "changed.jsonl").write_text(json.dumps(changed) + "\n" + json.dumps(value))
+    for more in ([], ["--rates"], ["--pack", str(folder / "packed")]):
+        assert report.main([str(folder), *more]) in (0, 2)
 
 
 def test_figures_are_pictures(runs, out):
@@ -341,6 +408,8 @@ def test_figures_are_pictures(runs, out):
         picture = image.imread(out / name)
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.02 and (out / name).stat().st_size < 150_000
         assert f"]({name})" in text
+    pixels = {tuple(p) for p in (image.imread(out / "budget-t5.png")[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= pixels  # the colours of the two models
 
 
 @pytest.mark.parametrize("what", ["full alone", "lora alone", "other mask alone"])
@@ -360,4 +429,4 @@ def test_nothing_to_read(tmp_path, out, capsys):
         assert report.main([str(tmp_path / name), "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and name in error
-    assert not out.exists()
+        assert not out.exists()
