@@ -128,7 +128,7 @@ def test_a_column_of_real_numbers_is_regression_which_is_no_task(tmp_path, kind,
     refused(tmp_path / f"a.{kind}", "the column 'label' holds real numbers: regression is not a task here")
 
 
-def test_versions_and_words_are_no_real_numbers(tmp_path):
+def test_a_column_with_a_word_in_it_holds_no_real_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(rows_with(["v1.5", "2.0"])))
     assert load(tmp_path / "a.jsonl").words == ("2", "v1.5")
 
