@@ -96,7 +96,7 @@ class APET:
         device = self._weights[0].device
         self.values = nn.Parameter(torch.cat([numbers.to(device, torch.float32) for numbers in self._pretrained]))
         self._passes: dict[int, list[tuple[int, Tensor]]] = {}  # of each running backward pass, (number of the tensor, gradient)
-        self._attached, self._last_grad = False, None
+        self._attached, self._smallest, self._mark = False, min(self._weights, key=Tensor.numel), None
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
         TUNED.add(model)
         self._undo.callback(TUNED.discard, model)
@@ -109,9 +109,9 @@ class APET:
             hook = functools.partial(self._take, number)
             self._undo.callback(weight.register_post_accumulate_grad_hook(hook).remove)
         self._owner = model.get_submodule(next(iter(self.positions)).rpartition(".")[0])
-        self._waited_for = None  # should DDP be put around the model, it needs a parameter to wait for: the smallest
+        self._waited_for = None  # should DDP be put around the model, it needs a parameter to wait for
         if "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            self._waited_for = min(self._weights, key=Tensor.numel)
+            self._waited_for = self._smallest
             others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is not self._waited_for]
             model._ddp_params_and_buffers_to_ignore = others
             self._undo.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
@@ -131,6 +131,8 @@ class APET:
         """What the running backward pass has brought so far; `_finish` adds it to values.grad when the pass ends."""
         task = torch._C._current_graph_task_id()
         if (brought := self._passes.get(task)) is None:  # autograd runs a thread for each device: one list for all
+            if self._mark is not None and not self._passes and self._smallest.grad is not self._mark:
+                self.values.grad = None  # model.zero_grad() was called, for the mark is gone
             brought = self._passes.setdefault(task, [])
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
         return brought
@@ -142,16 +144,14 @@ class APET:
             return
         if grad is None:
             grad = self.values.grad = torch.zeros_like(self.values)
-        elif self._attached and self._last_grad not in (None, (id(grad), grad._version)):
-            # changed, but no step followed: GradScaler skips steps whose gradient is not finite, which must not stay
-            grad.copy_(torch.where(grad.isfinite().all(), grad, 0))
         if brought:
             pieces, (numbers, gradients) = grad.split(self._sizes), zip(*brought, strict=True)
             torch._foreach_add_([pieces[n] for n in numbers], [g.to(grad.device, grad.dtype) for g in gradients])
         if self._attached and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
             group.all_reduce(grad)  # what earlier passes left is the same everywhere: so is its mean
             grad /= group.get_world_size()
-        self._last_grad = id(grad), grad._version
+        if self._attached:  # Trainer calls model.zero_grad(), which knows no values: a gradient of zeros will tell
+            self._smallest.grad = self._mark = torch.zeros_like(self._smallest)
 
     @torch.no_grad()
     def write(self) -> None:
@@ -173,16 +173,18 @@ class APET:
             write_entries(weight, index, numbers)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """write() after each optimizer.step(), until remove(); then values.grad = None, which Trainer's model.zero_grad() leaves.
+        """write() after each optimizer.step(), until remove(); then values.grad = None. model.zero_grad() clears it, too.
 
         Under a process group, every backward pass from now on ends with the mean of values.grad over the processes.
         """
 
         def after_step(*_: object) -> None:
             self.write()
-            self.values.grad = None
+            self.values.grad = self._smallest.grad = self._mark = None
 
         self._attached = True
+        self._undo.callback(setattr, self._smallest, "grad", None)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper
         self._undo.callback(optimizer.register_step_post_hook(after_step).remove)
 
     def remove(self) -> None:
@@ -234,7 +236,7 @@ class Entries(NamedTuple):
     row: Tensor  # (k,): the row of each entry; of an embedding, its place in `keep`
     column: Tensor | None  # (k,): where its column lies in what forward keeps; None: one column for each entry
     keep: Tensor | None  # the columns of x that forward keeps (None: x); of an embedding, the distinct rows
-    table: Tensor | None = None  # sparse zeros (rows, columns kept), where the sums are sampled dot products
+    sampled: bool = False  # whether the sums are sampled dot products
     pending: Pending | None = None  # what the layers of this device bring
     link: Tensor | None = None  # by which `values` become an ancestor of the layer's output
     piece: Tensor | None = None  # (k,): the same for compiled models, which return its gradient
@@ -247,6 +249,7 @@ class Pending:
         self.apet, self.node, self.probe = apet, node, probe
         self.most = 1 << 20 if device.type == "cpu" else 1 << 24  # numbers that are put off: bounds the memory
         self.task, self.size, self.factors = None, 0, []  # factors: (number of the tensor, dy and x at its entries)
+        self.tables: dict[int, Tensor] = {}  # number: sparse zeros (rows, columns kept), for sampled dot products
 
     def start(self, task: int) -> None:
         """Another backward pass than the last one begins, or goes on."""
@@ -266,6 +269,16 @@ class Pending:
             sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
             self.brought += zip(numbers, sums, strict=True)
         self.size, self.factors = 0, []
+
+    def sampled_sums(self, e: Entries, dy: Tensor, x: Tensor) -> Tensor:
+        """(tokens, rows), (tokens, columns kept) -> (k,): for many entries, rows and columns are laid out first."""
+        if e.number not in self.tables:
+            ends, zeros = pad(e.row.bincount(minlength=dy.shape[1]).cumsum(0), (1, 0)), torch.zeros(len(e.row), device=dy.device)
+            with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
+                warnings.simplefilter("ignore")
+                self.tables[e.number] = torch.sparse_csr_tensor(ends, e.column, zeros, size=(dy.shape[1], x.shape[1]))
+        columns_of_x = x.t().contiguous().float()
+        return torch.sparse.sampled_addmm(self.tables[e.number], dy.t().float(), columns_of_x.t(), beta=0.0).values()
 
 
 class Link(torch.autograd.Function):
@@ -315,10 +328,10 @@ class LinearEntries(torch.autograd.Function):
             pending.start(task)
         if torch.is_grad_enabled():
             raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
-        if e.table is not None:
-            dy, kept = dy.reshape(-1, dy.shape[-1]).float(), kept.reshape(-1, kept.shape[-1]).float()
-            sums = torch.sparse.sampled_addmm(e.table, dy.t(), kept.t().contiguous().t(), beta=0.0).values()
-            pending.brought.append((e.number, sums))
+        if e.sampled:
+            pending.brought.append(
+                (e.number, pending.sampled_sums(e, dy.reshape(-1, dy.shape[-1]), kept.reshape(-1, kept.shape[-1])))
+            )
         elif size <= pending.most:
             pending.factors.append((e.number, columns(dy, e.row), kept if e.column is None else columns(kept, e.column)))
             pending.size += size
@@ -342,7 +355,7 @@ class EmbeddingEntries(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
-        e, ids, task = ctx.entries, ctx.saved_tensors[0].reshape(-1), torch._C._current_graph_task_id()
+        e, ids = ctx.entries, ctx.saved_tensors[0].reshape(-1)
         dy, tokens = dy.reshape(ids.numel(), -1), ids.numel()
         if not tokens:
             return None, None, None, None
@@ -356,7 +369,7 @@ class EmbeddingEntries(torch.autograd.Function):
         gradient = sums.view(-1).take(place[e.row] * dy.shape[1] + e.column)
         if torch.compiler.is_compiling():
             return None, None, gradient, None
-        if e.pending.task != task:
+        if e.pending.task != (task := torch._C._current_graph_task_id()):
             e.pending.start(task)
         e.pending.brought.append((e.number, gradient))
         return None, None, None, None
@@ -455,11 +468,7 @@ def choose_entries(layer: nn.Module, number: int, weight: nn.Parameter, index: T
     if len(keep) >= 0.9 * width:  # nearly all: x itself, without a copy
         keep, place = None, column
     if sampled < one_by_one and weight.dtype != torch.float64:
-        ends, zeros = pad(torch.bincount(row, minlength=height).cumsum(0), (1, 0)), torch.zeros(k, device=weight.device)
-        with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
-            warnings.simplefilter("ignore")
-            table = torch.sparse_csr_tensor(ends, place, zeros, size=(height, width if keep is None else len(keep)))
-        return Entries(weight, number, row, place, keep, table), cheaper
+        return Entries(weight, number, row, place, keep, sampled=True), cheaper
     if keep is not None and k == len(keep):  # no column twice: no second selection in backward
         keep, place = column, None
     return Entries(weight, number, row, place, keep), cheaper
