@@ -682,7 +682,7 @@ def _largest(tensors: list[Tensor], k: int) -> list[np.ndarray]:
 
 def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches: Batches) -> list[Tensor]:
     """Sum over the batches of each entry's squared gradient, fp32 (the empirical Fisher information of FISH masks)."""
-    batches = [] if batches is None or isinstance(batches, (str, Mapping, Tensor)) else list(batches)
+    batches = list(batches) if isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor)) else []
     if not batches or not all(callable(b) or isinstance(b, Mapping) for b in batches):
         raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
     sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in params}

@@ -1,12 +1,15 @@
 """The class: what is tuned, what stays bit-identical, what is saved, and how it fits into other people's loops."""
 
+import base64
 import copy
 import gc
 import io
 import json
+import re
 import subprocess
 import sys
 import weakref
+import zlib
 from pathlib import Path
 
 import pytest
@@ -200,9 +203,6 @@ def test_a_delta_is_small(tmp_path):
 
 
 def test_a_delta_can_be_read_without_apet(tmp_path):
-    import base64
-    import zlib
-
     model = build("bloom")
     apet = APET(model, 100)
     apet.save(tmp_path / "d.safetensors", task="sst2")
@@ -229,10 +229,20 @@ def test_a_delta_for_another_model_is_a_clear_error(tmp_path):
     assert same(before, bits(other)) and all(p.requires_grad for p in other.parameters())
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "other", "pickle", "layout", "unsorted", "far"])
+DAMAGE = ("missing", "empty", "text", "cut", "other", "pickle", "layout", "unsorted", "far")
+DAMAGE += ("float", "bfloat16", "complex64", "uint8", "nan", "inf", "twice", "bomb", "no list", "no shape")
+
+
+def layout_of(entries):
+    return base64.b64encode(zlib.compress(json.dumps(entries).encode())).decode()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_broken_delta_is_one_line(tmp_path, damage):
     file, model = tmp_path / "d.safetensors", torch.nn.Linear(4, 5)
-    APET(model, 3).save(file)
+    apet = APET(model, 3)
+    apet.save(file)
+    apet.remove()
     with safe_open(file, "pt") as f:
         tensors, about = {n: f.get_tensor(n) for n in ("values", "indices")}, f.metadata()
     if damage == "missing":
@@ -253,9 +263,36 @@ def test_a_broken_delta_is_one_line(tmp_path, damage):
         save_file({**tensors, "indices": torch.tensor([2, 2, 1], dtype=torch.int32)}, file, about)
     elif damage == "far":
         save_file({**tensors, "indices": tensors["indices"] + 1000}, file, about)
+    elif damage in ("float", "bfloat16", "complex64", "uint8"):
+        save_file({**tensors, "indices": tensors["indices"].to(getattr(torch, damage))}, file, about)
+    elif damage in ("nan", "inf"):
+        save_file({**tensors, "values": torch.tensor([0.0, float(damage), 0.0])}, file, about)
+    elif damage == "twice":
+        layout = layout_of([["weight", [5, 4], 1], ["weight", [5, 4], 2]])
+        save_file({**tensors, "indices": torch.tensor([1, 2, 3], dtype=torch.int32)}, file, {**about, "layout": layout})
+    elif damage == "bomb":
+        bomb = zlib.compressobj(9)
+        packed = b"".join(bomb.compress(b" " * (1 << 24)) for _ in range(64)) + bomb.flush()  # a gigabyte
+        save_file(tensors, file, {**about, "layout": base64.b64encode(packed).decode()})
+    elif damage == "no list":
+        save_file(tensors, file, {**about, "layout": layout_of({"weight": 3})})
+    elif damage == "no shape":
+        save_file(tensors, file, {**about, "layout": layout_of([["weight", None, 3]])})
     with pytest.raises(ValueError) as e:
         APET.load(model, file)
     assert "\n" not in str(e.value)
+    APET(model, 3).remove()  # nothing of the attempt is left
+
+
+def test_two_saves_of_the_same_numbers_are_the_same_bytes(tmp_path):
+    model = build("t5")
+    apet = APET(model, 300)
+    facts = {f"key {i}": f"text {i} ü" for i in range(20)}
+    for name in "abc":
+        apet.save(tmp_path / name, {"more": torch.ones(3)}, **facts)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as f:
+        assert f.metadata()["key 7"] == "text 7 ü" and torch.equal(f.get_tensor("values"), apet.values)
 
 
 def test_a_model_without_weights_is_an_error():
@@ -356,15 +393,27 @@ def test_one_apet_a_model_and_copies_are_plain():
     APET(model, mask={"shared.weight": [1, 2]})
 
 
-def test_the_first_part_of_the_file_stands_alone(tmp_path):
+def test_the_first_part_of_the_file_trains_alone(tmp_path):
     source = (ROOT / "apet.py").read_text()
     (tmp_path / "part.py").write_text(source[: source.index("# The other methods")])
     use = """
 import sys, torch, part
-apet = part.APET(torch.nn.Linear(30, 20), "1%")
+torch.manual_seed(0)
+model, x, y = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 2)), torch.randn(64, 30), torch.randint(0, 2, (64,))
+apet = part.APET(model, "20%", backend="gather")
+optimizer = torch.optim.AdamW([apet.values], lr=1e-2, weight_decay=0)
+apet.attach(optimizer)
+losses = []
+for _ in range(300):
+    losses.append(torch.nn.functional.cross_entropy(model(x), y))
+    losses[-1].backward()
+    optimizer.step()
+assert losses[-1] < 0.5 * losses[0]
 apet.save("delta")
 apet.remove()
-assert part.APET.load(torch.nn.Linear(30, 20), "delta").values.equal(apet.values)
+assert part.APET.load(model, "delta").values.equal(apet.values)
+for mask in part.MASKS[:-1]:
+    assert sum(map(len, part.select_positions(model, 100, mask).values())) == 100
 try:
     part.APET(torch.nn.Linear(3, 2), 0)
 except ValueError:
@@ -375,6 +424,24 @@ assert not {"transformers", "datasets"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_the_fast_path_and_its_one_call_the_gradients_are_the_same(tmp_path):
+    source = (ROOT / "apet.py").read_text()
+    rule = "# " + "-" * 118 + "\n"
+    start, end = (source.index(f"{rule}# {title}") for title in ("The fast path", "Positions"))
+    plain = source[:start] + source[end:]
+    assert plain.count("add_fast_path(") == 1 and source.index("class APET") < start
+    plain = plain.replace("        add_fast_path(self, model, backend)\n", "")
+    assert "add_fast_path" not in plain
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "apet.py").write_text(plain)
+    for name in ("conftest.py", "test_gradient.py"):
+        (tmp_path / "tests" / name).write_text((ROOT / "tests" / name).read_text())
+    chosen = "dense_gradient or outside_their_layer or any_entry or autocast"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, "tests/test_gradient.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) > 150, done.stdout
 
 
 USE = """
