@@ -13,8 +13,8 @@ After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient T
     python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a run
     torchrun --nproc_per_node 4 apet.py --model t5-3b --task mnli   data-parallel
 
-The file reads from top to bottom: APET - its fast path - positions - save and load - the other methods - tasks - models -
-batches and scores - training - the command line. Whoever wants the method alone copies down to "The other methods".
+From top to bottom: APET - its fast path - positions - save and load - the other methods - tasks - models - batches and scores -
+training - the command line. Whoever wants the method alone copies down to "The other methods".
 """
 
 from __future__ import annotations
@@ -65,12 +65,10 @@ class APET:
     `positions` stays bit-identical. `values.grad` accumulates over backward passes as any parameter's.
 
     model, budget, mask, seed, where, batches: see `select_positions`; without a budget, 10,000 scalars or all of an own mask.
-    backend: how gradients are taken. "hook": autograd's dense gradient of each touched parameter, one at a time, gathered
-        and dropped; works for all parameters. "gather": for nn.Linear and nn.Embedding only the chosen entries are ever
-        computed, from tokens x chosen columns saved in the forward; the rest as "hook". "auto": the cheaper one for each.
+    backend: "hook": autograd forms the dense gradient of each touched parameter, one at a time; it is gathered from and dropped.
+        "gather": for nn.Linear and nn.Embedding the chosen entries alone are computed; the rest as "hook". "auto": the cheaper.
     values: fp32 nn.Parameter of shape (budget,), in the order of `positions`; on the first touched parameter's device.
-    positions: {parameter name: sorted int64 flat indices}.
-    Raises ValueError for wrong arguments.
+    positions: {parameter name: sorted int64 flat indices}. Raises ValueError for wrong arguments.
     """
 
     def __init__(
@@ -104,9 +102,9 @@ class APET:
             self._undo.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(False)
             p.grad = None
-        for number, weight in enumerate(self._weights):
+        for number, (weight, index) in enumerate(zip(self._weights, self._indices, strict=True)):
             weight.requires_grad_(True)
-            hook = functools.partial(self._take, number)
+            hook = functools.partial(self._take, number, index)
             self._undo.callback(weight.register_post_accumulate_grad_hook(hook).remove)
         self._owner = model.get_submodule(next(iter(self.positions)).rpartition(".")[0])
         self._waited_for = None  # should DDP be put around the model, it needs a parameter to wait for
@@ -117,15 +115,11 @@ class APET:
             self._undo.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
         add_fast_path(self, model, backend)
 
-    def _take(self, number: int, weight: Tensor) -> None:
+    def _take(self, number: int, index: Tensor, weight: Tensor) -> None:
         """Autograd has formed a weight's dense gradient: gather the chosen entries, and drop it."""
-        grad, index = weight.grad, self._indices[number]
-        if grad is None:  # a compiled model calls the hook all the same
-            return
-        if grad.device != index.device:
-            raise UserError("the model was moved to another device after its APET was made: move it first")
-        self._running_pass().append((number, (grad.to_dense() if grad.is_sparse else grad).take(index)))
-        weight.grad = None
+        if (grad := weight.grad) is not None:  # as it is where a compiled model calls the hook
+            self._running_pass().append((number, (grad.to_dense() if grad.is_sparse else grad).take(index)))
+            weight.grad = None
 
     def _running_pass(self) -> list[tuple[int, Tensor]]:
         """What the running backward pass has brought so far; `_finish` adds it to values.grad when the pass ends."""
@@ -139,14 +133,15 @@ class APET:
 
     @torch.no_grad()
     def _finish(self, task: int) -> None:
-        brought, grad, group = self._passes.pop(task, None), self.values.grad, torch.distributed
-        if brought is None:
+        if (brought := self._passes.pop(task, None)) is None:
             return
-        if grad is None:
-            grad = self.values.grad = torch.zeros_like(self.values)
-        if brought:
-            pieces, (numbers, gradients) = grad.split(self._sizes), zip(*brought, strict=True)
-            torch._foreach_add_([pieces[n] for n in numbers], [g.to(grad.device, grad.dtype) for g in gradients])
+        parts: list[Tensor | None] = [None] * len(self._sizes)
+        for number, part in brought:
+            parts[number] = part if parts[number] is None else parts[number] + part
+        zero, device = torch.zeros((), device=self.values.device), self.values.device
+        new = torch.cat([zero.expand(n) if p is None else p.to(device) for p, n in zip(parts, self._sizes, strict=True)]).float()
+        grad = self.values.grad = new if self.values.grad is None else self.values.grad.add_(new)
+        group = torch.distributed
         if self._attached and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
             group.all_reduce(grad)  # what earlier passes left is the same everywhere: so is its mean
             grad /= group.get_world_size()
@@ -161,8 +156,7 @@ class APET:
         self._passes.clear()  # of a backward pass that failed
         cast: dict[tuple, tuple] = {}  # once for each device and dtype, not for each tensor
         for number, (weight, index) in enumerate(zip(self._weights, self._indices, strict=True)):
-            kind = weight.device, weight.dtype
-            if kind not in cast:
+            if (kind := (weight.device, weight.dtype)) not in cast:
                 cast[kind] = self.values.to(*kind).split(self._sizes)
             write_entries(weight, index, cast[kind][number])
 
@@ -204,9 +198,9 @@ class APET:
 def write_entries(weight: Tensor, index: Tensor, numbers: Tensor) -> None:
     """weight.flatten()[index] = numbers, in place."""
     if torch.are_deterministic_algorithms_enabled():  # put_ has no such form
-        weight.copy_(weight.flatten().index_copy_(0, index, numbers.to(weight.dtype)).view_as(weight))
+        weight.copy_(weight.flatten().index_copy_(0, index, numbers).view_as(weight))
     else:
-        weight.put_(index, numbers.to(weight.dtype))
+        weight.put_(index, numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,6 +222,9 @@ COST = {
 }
 
 
+FEW = 2048  # entries that are summed at a time: tokens x entries numbers are a layer's largest temporary
+
+
 class Entries(NamedTuple):
     """The k chosen entries of one layer's weight. Indices are int64, on the weight's device."""
 
@@ -236,7 +233,8 @@ class Entries(NamedTuple):
     row: Tensor  # (k,): the row of each entry; of an embedding, its place in `keep`
     column: Tensor | None  # (k,): where its column lies in what forward keeps; None: one column for each entry
     keep: Tensor | None  # the columns of x that forward keeps (None: x); of an embedding, the distinct rows
-    sampled: bool = False  # whether the sums are sampled dot products
+    few: bool = False  # whether the sums are put off
+    sampled: bool = False  # whether they are sampled dot products
     pending: Pending | None = None  # what the layers of this device bring
     link: Tensor | None = None  # by which `values` become an ancestor of the layer's output
     piece: Tensor | None = None  # (k,): the same for compiled models, which return its gradient
@@ -253,6 +251,8 @@ class Pending:
 
     def start(self, task: int) -> None:
         """Another backward pass than the last one begins, or goes on."""
+        if torch.is_grad_enabled():
+            raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
         self.sum_up()
         self.task, self.brought = task, []
         if torch._C._will_engine_execute_node(self.node):  # else only the gradient of an input is asked for
@@ -323,23 +323,21 @@ class LinearEntries(torch.autograd.Function):
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[1] else None
         if torch.compiler.is_compiling():
             return dx, db, sum_products(columns(dy, e.row), kept if e.column is None else columns(kept, e.column)), None
-        pending, task, size = e.pending, torch._C._current_graph_task_id(), e.row.numel() * (dy.numel() // dy.shape[-1])
+        pending, task = e.pending, torch._C._current_graph_task_id()
         if pending.task != task:
             pending.start(task)
-        if torch.is_grad_enabled():
-            raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
-        if e.sampled:
+        if e.few:
+            pending.factors.append((e.number, columns(dy, e.row), kept if e.column is None else columns(kept, e.column)))
+            pending.size += kept.numel()
+            if pending.size > pending.most:
+                pending.sum_up()
+        elif e.sampled:
             pending.brought.append(
                 (e.number, pending.sampled_sums(e, dy.reshape(-1, dy.shape[-1]), kept.reshape(-1, kept.shape[-1])))
             )
-        elif size <= pending.most:
-            pending.factors.append((e.number, columns(dy, e.row), kept if e.column is None else columns(kept, e.column)))
-            pending.size += size
-            if pending.size > pending.most:
-                pending.sum_up()
         else:  # a part of the entries at a time
             column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
-            parts = zip(*(i.split(max(1, pending.most * len(e.row) // size)) for i in (e.row, column)), strict=True)
+            parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
             pending.brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(kept, c)) for r, c in parts])))
         return dx, db, None, None
 
@@ -471,7 +469,7 @@ def choose_entries(layer: nn.Module, number: int, weight: nn.Parameter, index: T
         return Entries(weight, number, row, place, keep, sampled=True), cheaper
     if keep is not None and k == len(keep):  # no column twice: no second selection in backward
         keep, place = column, None
-    return Entries(weight, number, row, place, keep), cheaper
+    return Entries(weight, number, row, place, keep, few=k <= FEW), cheaper
 
 
 # ----------------------------------------------------------------------------------------------------------------------

