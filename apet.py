@@ -871,7 +871,7 @@ class Inserted(nn.Module):
     lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022); B starts at zero.
     adapter: h + up(gelu(down(h))) at the end of self-attention and of feed-forward (Houlsby et al., 2019); up starts at zero.
     bitfit: a bias, zero at first, for each linear layer of a model that has none (T5).
-    prompt: 100 embeddings before the text (Lester et al., 2021), at first those of random tokens. See `prompted`.
+    prompt: 100 embeddings before the text (Lester et al., 2021), at first those of random tokens. See `add_prompt`.
     """
 
     def __init__(self, model: nn.Module, method: str):
@@ -916,7 +916,7 @@ def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
     return model.inserted
 
 
-def take_out(model: nn.Module) -> None:
+def remove_inserted(model: nn.Module) -> None:
     """Undo `insert`."""
     for new in model.inserted.values():
         for handle in new.handles:
@@ -924,7 +924,7 @@ def take_out(model: nn.Module) -> None:
     del model.inserted
 
 
-def prompted(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_prompt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with the soft prompt of `insert(model, ["prompt"])`, if there is one, put before the text.
 
     An encoder's comes after its first token, [CLS], from whose place the head reads.
@@ -1555,24 +1555,24 @@ def _forward_arguments(kind: type[nn.Module]) -> frozenset[str]:
 
 def loss_sum(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy summed over the targets' tokens (a sum, so that micro-batches and ranks add up exactly)."""
-    return -token_logp(model, coder, prompted(model, batch)).sum()
+    return -token_logp(model, coder, add_prompt(model, batch)).sum()
 
 
 @torch.no_grad()
 def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words: tuple[str, ...], device: object) -> Tensor:
     """(batch, labels): log-likelihood of each label's tokens, end of sequence included, given the source."""
     if coder.family == "encoder":
-        return model(**prompted(model, coder.batch(sources, None, device))).logits.float()
+        return model(**add_prompt(model, coder.batch(sources, None, device))).logits.float()
     targets, scores, encoded = [coder.written(word) for word in words], [], {}
     if coder.family == "seq2seq":  # the source is encoded once for all labels
-        source = prompted(model, coder.batch(sources, None, device))
+        source = add_prompt(model, coder.batch(sources, None, device))
         encoded = {"encoder_outputs": model.get_encoder()(**source)}
     for target in targets:
         if encoded:
             labels = torch.tensor([target] * len(sources), device=device)
             batch = {"attention_mask": source["attention_mask"], "labels": labels}
         else:
-            batch = prompted(model, coder.batch(sources, [target] * len(sources), device))
+            batch = add_prompt(model, coder.batch(sources, [target] * len(sources), device))
         scores.append(token_logp(model, coder, batch, **encoded).sum(1))
     return torch.stack(scores, dim=1)
 
@@ -1591,7 +1591,7 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
             if data.words:
                 out[chosen, 0] = label_scores(model, coder, sources, data.words, device).argmax(1).to(device)
                 continue
-            batch = prompted(model, coder.batch(sources, None, device))
+            batch = add_prompt(model, coder.batch(sources, None, device))
             tokens = model.generate(
                 **batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1, pad_token_id=coder.pad,
                 eos_token_id=coder.tokenizer.eos_token_id,
@@ -1649,7 +1649,7 @@ def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = N
         methods = [m for m in methods if m in COUNTED and not (m == "bitfit" and own_biases(base))]
         if methods:
             inserted = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
-            stack.callback(take_out, base)
+            stack.callback(remove_inserted, base)
         set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
         if args.load:
             fill(head | inserted)

@@ -492,7 +492,7 @@ def test_with_a_soft_prompt_a_batch_gives_what_its_rows_give_alone(world, name):
         data = apet.Data("t", (), "squad", examples, [], examples, {})
         assert apet.predict(model, coder, data, examples, 4, "cpu") == apet.predict(model, coder, data, examples, 1, "cpu")
         model.eval()  # predict leaves it in training mode
-    apet.take_out(apet.base_of(model))
+    apet.remove_inserted(apet.base_of(model))
     assert torch.equal(apet.label_scores(model, coder, sources, words, "cpu"), before)
 
 

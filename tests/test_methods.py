@@ -18,9 +18,9 @@ from apet import (
     linear_layers,
     method_parameters,
     own_biases,
-    prompted,
+    add_prompt,
     set_dropout,
-    take_out,
+    remove_inserted,
 )
 
 TEXT = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama")
@@ -52,7 +52,7 @@ def test_new_weights_have_no_effect_at_first_and_all_get_a_gradient(name, method
     perturb(params)
     model(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in params.items() if "key" not in n)
-    take_out(model)
+    remove_inserted(model)
     with torch.no_grad():
         assert torch.equal(before, model(**batch).loss)
     assert not any("inserted" in n for n in model.state_dict())
@@ -111,7 +111,7 @@ def test_prompt_equals_peft_from_the_same_numbers(name):
     ours = new_parameters(model, "prompt")["prompt.prompt"]
     with torch.no_grad():
         theirs.copy_(ours)
-    extended = prompted(model, batch)
+    extended = add_prompt(model, batch)
     if name == "bloom":  # peft adds the labels of the prompt itself; ours are aligned to the end of the rows
         extended["labels"] = torch.cat([torch.full((3, PROMPT_TOKENS), -100), batch["labels"]], dim=1)
     losses = [model(**extended).loss, wrapped(**batch).loss]
@@ -129,7 +129,7 @@ def test_prompt_comes_after_the_first_token_of_an_encoder_from_which_the_head_re
     core.embeddings.register_buffer("position_ids", torch.arange(200)[None])
     core.embeddings.register_buffer("token_type_ids", torch.zeros(1, 200, dtype=torch.long))
     params = new_parameters(core, "prompt")
-    extended = prompted(model, batch)
+    extended = add_prompt(model, batch)
     embedded = core.get_input_embeddings()(batch["input_ids"])
     assert extended["inputs_embeds"].shape[1] == extended["attention_mask"].shape[1] == PROMPT_TOKENS + 7
     assert torch.equal(extended["inputs_embeds"][:, 0], embedded[:, 0])
