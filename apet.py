@@ -821,10 +821,14 @@ def is_running(process: int) -> bool:
 
 METHODS = ("apet", "full", *COUNTED, "none")
 LORA_RANK, LORA_ALPHA, ADAPTER_WIDTH, PROMPT_TOKENS = 8, 16, 24, 100  # the authors'
-QUERY_VALUE = r"(SelfAttention\.[qv]|(attention|self)\.(query|value)|query_key_value|c_attn|[qv]_(proj|lin))$"
+FAMILIES = "T5, BART, BERT, RoBERTa, ELECTRA, ALBERT, DeBERTa, DistilBERT, ModernBERT, BLOOM, GPT-2, GPT-NeoX, OPT, Llama and kin"
+QUERY_VALUE = (  # the linear layers that make the queries and the values (or all three in one) of self-attention
+    r"(SelfAttention\.[qv]|(attention|self)\.(query|value)(_proj)?|self\.in_proj|query_key_value|attn\.Wqkv|\.c_attn"
+    r"|(?<!encoder_attn)\.([qv]|qkv)_(proj|lin))$"
+)
 SUBLAYER_END = (  # the linear layer that ends self-attention or feed-forward, before the residual is added
-    r"(SelfAttention\.o|DenseReluDense\.wo|self_attention\.dense|dense_4h_to_h|output\.dense|(attn|mlp)\.c_proj"
-    r"|self_attn\.(out_proj|o_proj)|(^|\.)fc2|down_proj|attention\.out_lin|ffn\.lin2)$"
+    r"(SelfAttention\.o|DenseReluDense\.wo|(attention|self_attn)\.dense|dense_4h_to_h|(?<!crossattention\.)output\.dense|ffn_output"
+    r"|(attn|mlp)\.(c_proj|Wo)|(\.|self_)attn\.(out_proj|o_proj)|(^|\.)fc2|mlp\.fc_out|down_proj|attention\.out_lin|ffn\.lin2)$"
 )
 
 
@@ -835,29 +839,42 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return tuple(module.weight.shape) if type(module).__name__ == "Conv1D" else None
 
 
-def linear_layers(model: nn.Module, pattern: str, what: str) -> dict[str, nn.Module]:
-    """The linear layers whose names match."""
+def method_layers(model: nn.Module, method: str) -> dict[str, nn.Module]:
+    """The layers beside which the new weights of lora, adapter, bitfit or prompt stand."""
+    if method == "prompt":
+        found = {"": model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None}
+        if isinstance(found[""], nn.Embedding):
+            return found
+        raise UserError(f"prompt: {type(model).__name__} reads no tokens, before which a prompt could stand")
+    pattern = {"lora": QUERY_VALUE, "adapter": SUBLAYER_END, "bitfit": ""}[method]
     found = {n: m for n, m in model.named_modules() if re.search(pattern, n) and linear_shape(m)}
     if not found:
-        raise UserError(f"{what}: {type(model).__name__} has none of the layers it goes to ({pattern})")
+        raise UserError(f"{method} does not know the layers of {type(model).__name__}; it knows those of {FAMILIES}")
     return found
 
 
+@torch.no_grad()
+def new_weights(method: str, layer: nn.Module) -> dict[str, Tensor]:
+    """The first values of what a method adds to one of its layers: without effect, but for the prompt's."""
+    if method == "prompt":  # those of random tokens; by a call, as Gemma's and BART's embeddings scale what they look up
+        ids = torch.randint(layer.num_embeddings, (PROMPT_TOKENS,))
+        return {"prompt": layer(ids.to(layer.weight.device)).float()}
+    n_in, n_out = linear_shape(layer)
+    if method == "lora":  # A as nn.Linear's own weight
+        a = nn.init.kaiming_uniform_(torch.empty(LORA_RANK, n_in), a=math.sqrt(5))
+        return {"A": a, "B": torch.zeros(n_out, LORA_RANK)}
+    if method == "adapter":
+        down = {"down": torch.randn(ADAPTER_WIDTH, n_out) * 0.01, "down_bias": torch.zeros(ADAPTER_WIDTH)}
+        return down | {"up": torch.zeros(n_out, ADAPTER_WIDTH), "up_bias": torch.zeros(n_out)}
+    return {"bias": torch.zeros(n_out)}
+
+
 def method_parameters(model: nn.Module, method: str) -> int:
-    """How many scalars a method trains on this model at the authors' settings, computed from the model's shapes."""
-    one_of(method, COUNTED, "method")
-    if method == "lora":  # two factors of rank 8
-        return sum(LORA_RANK * sum(linear_shape(m)) for m in linear_layers(model, QUERY_VALUE, "lora").values())
-    if method == "adapter":  # down and up with biases, width 24
-        widths = [linear_shape(m)[1] for m in linear_layers(model, SUBLAYER_END, "adapter").values()]
-        return sum(2 * ADAPTER_WIDTH * width + ADAPTER_WIDTH + width for width in widths)
-    if method == "prompt":
-        if not hasattr(model, "get_input_embeddings"):
-            raise UserError(f"prompt: {type(model).__name__} has no input embeddings")
-        return PROMPT_TOKENS * model.get_input_embeddings().embedding_dim
-    if biases := own_biases(model):
+    """How many scalars a method trains on this model at the authors' settings."""
+    if one_of(method, COUNTED, "method") == "bitfit" and (biases := own_biases(model)):
         return sum(p.numel() for p in biases.values())
-    return sum(linear_shape(m)[1] for m in linear_layers(model, "", "bitfit").values())  # a new bias for each (T5)
+    with torch.random.fork_rng(devices=[]):  # counting draws nothing from the caller's random numbers
+        return sum(w.numel() for layer in method_layers(model, method).values() for w in new_weights(method, layer).values())
 
 
 def own_biases(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -868,46 +885,32 @@ def own_biases(model: nn.Module) -> dict[str, nn.Parameter]:
 class Inserted(nn.Module):
     """The new fp32 weights of a method inside `model.inserted`, and the hooks that apply them; no module is replaced.
 
-    lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022); B starts at zero.
-    adapter: h + up(gelu(down(h))) at the end of self-attention and of feed-forward (Houlsby et al., 2019); up starts at zero.
-    bitfit: a bias, zero at first, for each linear layer of a model that has none (T5).
-    prompt: 100 embeddings before the text (Lester et al., 2021), at first those of random tokens. See `add_prompt`.
+    lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022).
+    adapter: h + up(gelu(down(h))) at the end of self-attention and of feed-forward (Houlsby et al., 2019).
+    bitfit: a bias for each linear layer of a model that has none (T5).
+    prompt: 100 vectors before the text (Lester et al., 2021). See `add_prompt`.
     """
 
     def __init__(self, model: nn.Module, method: str):
         super().__init__()
         self.method, self.handles, self.dropout = method, [], nn.Dropout(0.0)  # `set_dropout` sets its rate
-        if method == "prompt":
-            table = model.get_input_embeddings().weight
-            self.prompt = nn.Parameter(table[torch.randint(len(table), (PROMPT_TOKENS,)).to(table.device)].detach().float())
-            return
-        pattern = {"lora": QUERY_VALUE, "adapter": SUBLAYER_END, "bitfit": ""}[method]
-        for name, module in linear_layers(model, pattern, method).items():
-            n_in, n_out = linear_shape(module)
-            if method == "lora":  # A as nn.Linear's own weight
-                a = nn.init.kaiming_uniform_(torch.empty(LORA_RANK, n_in), a=math.sqrt(5))
-                new = {"A": a, "B": torch.zeros(n_out, LORA_RANK)}
-            elif method == "adapter":
-                new = {"down": torch.randn(ADAPTER_WIDTH, n_out) * 0.01, "down_bias": torch.zeros(ADAPTER_WIDTH)}
-                new |= {"up": torch.zeros(n_out, ADAPTER_WIDTH), "up_bias": torch.zeros(n_out)}
-            else:
-                new = {"bias": torch.zeros(n_out)}
-            part = nn.ParameterDict({key: nn.Parameter(value.to(module.weight.device)) for key, value in new.items()})
+        for name, layer in method_layers(model, method).items():
+            new = {key: nn.Parameter(w.to(layer.weight.device)) for key, w in new_weights(method, layer).items()}
+            if method == "prompt":
+                self.prompt = new["prompt"]
+                return
+            part = nn.ParameterDict(new)
             self.add_module(name.replace(".", "_"), part)
-            self.handles.append(module.register_forward_hook(functools.partial(self.apply_part, part)))
+            self.handles.append(layer.register_forward_hook(functools.partial(self.apply_part, part)))
 
-    def apply_part(self, part: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        def cast(weight: Tensor) -> Tensor:
-            return weight.to(output.dtype)
-
-        linear = nn.functional.linear
+    def apply_part(self, part: nn.Module, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        linear, new = nn.functional.linear, {key: weight.to(output.dtype) for key, weight in part.items()}
         if self.method == "lora":
-            x = self.dropout(args[0])
-            return output + linear(linear(x, cast(part.A)), cast(part.B)) * (LORA_ALPHA / LORA_RANK)
+            return output + linear(linear(self.dropout(args[0]), new["A"]), new["B"]) * (LORA_ALPHA / LORA_RANK)
         if self.method == "adapter":
-            inner = nn.functional.gelu(linear(output, cast(part.down), cast(part.down_bias)), approximate="tanh")
-            return output + self.dropout(linear(inner, cast(part.up), cast(part.up_bias)))
-        return output + cast(part.bias)
+            inner = nn.functional.gelu(linear(output, new["down"], new["down_bias"]), approximate="tanh")
+            return output + self.dropout(linear(inner, new["up"], new["up_bias"]))
+        return output + new["bias"]
 
 
 def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
@@ -925,7 +928,7 @@ def remove_inserted(model: nn.Module) -> None:
 
 
 def add_prompt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with the soft prompt of `insert(model, ["prompt"])`, if there is one, put before the text.
+    """The batch with the soft prompt of `insert(model, ["prompt"])`, if there is one, before the text.
 
     An encoder's comes after its first token, [CLS], from whose place the head reads.
     """
@@ -939,7 +942,7 @@ def add_prompt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     batch["inputs_embeds"] = torch.cat([embedded[:, :first], prompt, embedded[:, first:]], dim=1)
     for key, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if key in batch:
-            new = batch[key].new_full((len(ids), prompt.shape[1]), value)
+            new = batch[key].new_full((len(ids), PROMPT_TOKENS), value)
             batch[key] = torch.cat([batch[key][:, :first], new, batch[key][:, first:]], dim=1)
     return batch
 
@@ -2148,7 +2151,7 @@ def export(model: nn.Module, coder: Coder, folder: str) -> None:
         if any(method != "lora" for method in inserted):
             raise UserError(f"--export: a plain checkpoint has no place for {', '.join(inserted)}; the delta (--save) holds it")
         for method in inserted.values():
-            for name, module in linear_layers(base, QUERY_VALUE, "lora").items():
+            for name, module in method_layers(base, "lora").items():
                 part = method.get_submodule(name.replace(".", "_"))
                 change = part["B"] @ part["A"] * (LORA_ALPHA / LORA_RANK)
                 before[module.weight] = module.weight.detach().clone()

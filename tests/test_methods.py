@@ -1,9 +1,12 @@
 """LoRA, Adapter, Prompt and BitFit: against peft where it has the method, against hand-made models where not."""
 
 import copy
+import re
+from collections import Counter
 
 import pytest
 import torch
+import transformers as hf
 from conftest import batch_for, build
 from torch import nn
 
@@ -13,14 +16,15 @@ from apet import (
     LORA_ALPHA,
     LORA_RANK,
     PROMPT_TOKENS,
+    UserError,
+    add_prompt,
     base_of,
     insert,
-    linear_layers,
+    method_layers,
     method_parameters,
     own_biases,
-    add_prompt,
-    set_dropout,
     remove_inserted,
+    set_dropout,
 )
 
 TEXT = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama")
@@ -70,6 +74,99 @@ def test_as_many_weights_are_inserted_as_are_counted(name, method):
         assert method_parameters(model, method) == expected  # what is inserted is not counted as the model's own
 
 
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW = SMALL | {"intermediate_size": 48, "pad_token_id": 0}
+GROUPED = NARROW | {"num_key_value_heads": 2, "head_dim": 8}
+PAIRS = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
+MT5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+FAMILIES = {  # kind of model, its configuration, and what each of its blocks holds: q and v; the ends of its sub-layers
+    "llama": ("CausalLM", GROUPED, "self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp.down_proj"),
+    "qwen3": ("CausalLM", GROUPED, "self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp.down_proj"),
+    "gemma3_text": ("CausalLM", GROUPED, "self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp.down_proj"),
+    "mistral": ("CausalLM", GROUPED, "self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp.down_proj"),
+    "gpt2": ("CausalLM", SMALL, "attn.c_attn", "attn.c_proj mlp.c_proj"),
+    "gptj": ("CausalLM", SMALL | {"rotary_dim": 4}, "attn.q_proj attn.v_proj", "attn.out_proj mlp.fc_out"),
+    "gpt_neox": ("CausalLM", NARROW, "attention.query_key_value", "attention.dense mlp.dense_4h_to_h"),
+    "phi3": ("CausalLM", NARROW, "self_attn.qkv_proj", "self_attn.o_proj mlp.down_proj"),
+    "opt": ("CausalLM", SMALL | {"ffn_dim": 48}, "self_attn.q_proj self_attn.v_proj", "self_attn.out_proj fc2"),
+    "roberta": ("SequenceClassification", NARROW, "attention.self.query attention.self.value",
+                "attention.output.dense output.dense"),
+    "distilbert": ("SequenceClassification", {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+                   "attention.q_lin attention.v_lin", "attention.out_lin ffn.lin2"),
+    "albert": ("SequenceClassification", NARROW | {"embedding_size": 16, "num_hidden_groups": 2}, "attention.query attention.value",
+               "attention.dense ffn_output"),
+    "electra": ("SequenceClassification", NARROW | {"embedding_size": 16}, "attention.self.query attention.self.value",
+                "attention.output.dense output.dense"),
+    "modernbert": ("SequenceClassification", NARROW, "attn.Wqkv", "attn.Wo mlp.Wo"),
+    "deberta": ("SequenceClassification", NARROW | PAIRS, "attention.self.in_proj", "attention.output.dense output.dense"),
+    "deberta-v2": ("SequenceClassification", NARROW | PAIRS, "attention.self.query_proj attention.self.value_proj",
+                   "attention.output.dense output.dense"),
+    "bart": ("Seq2SeqLM", {"vocab_size": 64} | BART, "self_attn.q_proj self_attn.v_proj", "self_attn.out_proj fc2"),
+    "mt5": ("Seq2SeqLM", {"vocab_size": 64} | MT5, "SelfAttention.q SelfAttention.v", "SelfAttention.o DenseReluDense.wo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_and_adapter_find_the_layers_of_each_family_and_those_alone(name):
+    kind, options, query_value, ends = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(hf, f"AutoModelFor{kind}").from_config(hf.AutoConfig.for_model(name, **options)).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1]) if kind == "SequenceClassification" else ids}
+    core, blocks = base_of(model), 4 if kind == "Seq2SeqLM" else 2
+    for method, expected in (("lora", query_value.split()), ("adapter", ends.split())):
+        with torch.no_grad():
+            before = model(**batch).loss
+        count = method_parameters(core, method)
+        params = new_parameters(core, method)
+        ends_of = [re.search(r"\.\d+\.(layer\.\d\.)?([a-zA-Z]\D*\d?)$", layer)[2] for layer in method_layers(core, method)]
+        assert Counter(ends_of) == dict.fromkeys(expected, blocks)
+        assert sum(p.numel() for p in params.values()) == count
+        loss = model(**batch).loss
+        torch.testing.assert_close(loss, before)
+        perturb(params)
+        loss = model(**batch).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in params.values()) and loss != before
+        remove_inserted(core)
+    params = new_parameters(core, "prompt")
+    if kind == "CausalLM":
+        del batch["labels"]  # one for each token of the longer text would be wanted
+    model(**add_prompt(model, batch)).logits.logsumexp(-1).sum().backward()
+    assert params["prompt.prompt"].grad.abs().sum(1).gt(0).all()
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_a_model_of_no_known_family_is_told_which_are(method):
+    with pytest.raises(UserError, match=f"{method} does not know the layers of Linear; it knows those of T5, BART, BERT"):
+        method_parameters(nn.Linear(3, 3), method)
+
+
+def test_a_prompt_is_for_models_that_read_tokens():
+    with pytest.raises(UserError, match="prompt: ViTForImageClassification reads no tokens"):
+        method_parameters(build("vit"), "prompt")
+
+
+def test_a_prompt_starts_as_what_the_model_itself_makes_of_tokens():
+    """Gemma multiplies what it looks up; its prompt must be of that size, too."""
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model("gemma3_text", **GROUPED))
+    vectors = model.get_input_embeddings()(torch.arange(64))
+    prompt = insert(model, ["prompt"])["prompt"].prompt
+    assert all((row == vectors).all(1).any() for row in prompt)
+
+
+def test_counting_draws_none_of_the_callers_random_numbers():
+    model = build("bloom")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    for method in COUNTED:
+        method_parameters(model, method)
+    assert torch.equal(torch.rand(1), expected)
+
+
 @pytest.mark.parametrize("name", ["t5", "bert", "bloom"])
 def test_lora_equals_peft_from_the_same_numbers(name):
     peft = pytest.importorskip("peft")
@@ -82,7 +179,7 @@ def test_lora_equals_peft_from_the_same_numbers(name):
     theirs = {n: p for n, p in wrapped.named_parameters() if "lora_" in n}
     assert len(ours) == len(theirs)
     pairs = []
-    for layer in linear_layers(model, targets + "$", "lora"):
+    for layer in method_layers(model, "lora"):
         for part, tail in (("A", "lora_A.default.weight"), ("B", "lora_B.default.weight")):
             pairs.append((ours[f"lora.{layer.replace('.', '_')}.{part}"], theirs[f"base_model.model.{layer}.{tail}"]))
     perturb(ours)
