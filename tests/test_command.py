@@ -107,7 +107,7 @@ def test_weights_that_a_checkpoint_lacks_are_the_same_in_every_run_and_are_named
     whole.save_pretrained(tmp_path / "model", state_dict=weights)
     shutil.copy(TOY / "models/tiny/tokenizer.json", tmp_path / "model")
     shutil.copy(TOY / "models/tiny/tokenizer_config.json", tmp_path / "model")
-    args = apet.settle(
+    args = apet.check_args(
         apet.parser().parse_args(["--model", str(tmp_path / "model"), "--method", "none", "--max-source-length", "32"])
     )
     poolers = []
@@ -391,7 +391,7 @@ def test_a_local_file_of_each_type_is_read_alike(tmp_path, kind):
     )
     # 80 rows: 8 are held out for the report, then 7 of the 72 left to pick the best step
     assert result["data"]["sizes"] == {"train": 64, "select": 7, "report": 8}
-    data = apet.load_task(apet.settle(apet.parser().parse_args(["--task", str(file)])))
+    data = apet.load_task(apet.check_args(apet.parser().parse_args(["--task", str(file)])))
     parts = [{e.source for e in part} for part in (data.train, data.select, data.report)]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
 
@@ -401,7 +401,7 @@ def test_rows_with_an_empty_field_are_dropped_and_counted(tmp_path):
     lines[3]["a"], lines[4]["y"] = None, None
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     args = apet.parser().parse_args(["--task", str(tmp_path / "d.jsonl"), "--text-fields", "a,b", "--label-field", "y"])
-    data = apet.load_task(apet.settle(args))
+    data = apet.load_task(apet.check_args(args))
     assert data.about["rows without text or label, dropped"] == {"train": 2} and data.words == ("0", "1")
     assert sum(data.about["sizes"].values()) == 38 and data.train[0].source.startswith("a: text ")
 
@@ -412,7 +412,7 @@ def example(text):
 
 def test_label_scores_are_the_sum_of_token_log_likelihoods_whatever_the_padding():
     """Against one forward a label and example, the tokens' log-probabilities picked out by hand."""
-    args = apet.settle(apet.parser().parse_args(["--model", "toy-tiny"]))
+    args = apet.check_args(apet.parser().parse_args(["--model", "toy-tiny"]))
     model, tokenizer, _ = apet.load_model(args, ("a", "b"))
     model.eval()
     coder = apet.Coder(tokenizer, "seq2seq", 128, 16)
@@ -432,7 +432,7 @@ def test_label_scores_are_the_sum_of_token_log_likelihoods_whatever_the_padding(
 
 
 def test_batched_and_single_evaluation_agree():
-    args = apet.settle(apet.parser().parse_args(["--model", "toy-base", "--task", "toy-qa", "--eval-size", "24"]))
+    args = apet.check_args(apet.parser().parse_args(["--model", "toy-base", "--task", "toy-qa", "--eval-size", "24"]))
     model, tokenizer, _ = apet.load_model(args, ("a", "b"))
     coder = apet.Coder(tokenizer, "seq2seq", 128, 12)
     for task in ("toy-qa", "toy-inference"):
@@ -461,7 +461,7 @@ def test_rouge_equals_its_packages_documented_example():
 
 
 def test_a_long_source_is_cut_in_its_text_not_in_its_ending():
-    args = apet.settle(apet.parser().parse_args(["--model", "toy-tiny"]))
+    args = apet.check_args(apet.parser().parse_args(["--model", "toy-tiny"]))
     _, tokenizer, _ = apet.load_model(args, ("a", "b"))
     ids = apet.Coder(tokenizer, "seq2seq", 16, 8).source(example("the food was good. " * 50))
     assert len(ids) <= 16
@@ -660,7 +660,7 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, capsy
         (tmp_path / name / file).write_bytes(content)
     argv, message = WRONG[case]
     if case == "broken result":
-        (cell,) = apet.cells(apet.settle(apet.parser().parse_args([*SMALL, "--method", "none", "--out", str(tmp_path / "old")])))
+        (cell,) = apet.runs(apet.check_args(apet.parser().parse_args([*SMALL, "--method", "none", "--out", str(tmp_path / "old")])))
         (tmp_path / "old").mkdir()
         (tmp_path / "old" / f"{cell.name}.json").write_text('{"score": ')
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]

@@ -32,7 +32,7 @@ def listed(*options):
 
 
 def cells(line):
-    return apet.cells(apet.settle(apet.parser().parse_args(shlex.split(line))))
+    return apet.runs(apet.check_args(apet.parser().parse_args(shlex.split(line))))
 
 
 @pytest.mark.parametrize("options", [[], ["--offline"], ["--offline", "--quick"]], ids=["paper", "offline", "quick"])

@@ -56,7 +56,7 @@ def run(argv):
     return {"status": status, "seconds": time.perf_counter() - start, "calls": list(calls)}
 
 def read(argv):
-    data = apet.load_task(apet.settle(apet.parser().parse_args(argv)))
+    data = apet.load_task(apet.check_args(apet.parser().parse_args(argv)))
     return {"about": data.about, **{part: [e._asdict() for e in getattr(data, part)] for part in ("train", "select", "report")}}
 
 apet.predict, apet.label_scores = predict, label_scores
@@ -392,7 +392,7 @@ def test_the_head_of_t5_v1_1_stays_untied_through_loading_tuning_and_export(worl
     assert (written["lm_head.weight"] - written["shared.weight"]).abs().max() > 0.2
 
     for source, expected in ((folder, original), (exported, written)):
-        model, tokenizer, _ = apet.load_model(apet.settle(apet.parser().parse_args(["--model", str(source)])), ("a", "b"))
+        model, tokenizer, _ = apet.load_model(apet.check_args(apet.parser().parse_args(["--model", str(source)])), ("a", "b"))
         assert model.lm_head.weight is not model.shared.weight
         assert torch.equal(model.lm_head.weight, expected["lm_head.weight"])
         assert torch.equal(model.shared.weight, expected["shared.weight"])
@@ -418,7 +418,7 @@ QUESTIONS = [
 
 def local(world: World, name: str, words: tuple[str, ...] = ("negative", "positive")) -> tuple:
     """(model, tokenizer, coder) of a folder of the stand-in"""
-    args = apet.settle(apet.parser().parse_args(["--model", str(folder_of(world, name)), "--dtype", "fp32"]))
+    args = apet.check_args(apet.parser().parse_args(["--model", str(folder_of(world, name)), "--dtype", "fp32"]))
     model, tokenizer, facts = apet.load_model(args, words)
     return model.eval(), tokenizer, apet.Coder(tokenizer, facts["family"], 64, 8)
 
