@@ -1628,6 +1628,10 @@ class Tuned(NamedTuple):
     inserted: dict[str, nn.Parameter]  # the new weights of the method, or among which APET chose
     head: dict[str, nn.Parameter]  # the classification head, trained (then in `params`, too) or not
 
+    def size(self) -> int:
+        """Tuned scalars, the head apart."""
+        return sum(p.numel() for n, p in self.params.items() if n not in self.head)
+
 
 def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = None) -> Tuned:
     """Put `args.method` on the pretrained model; make its classification head, if it has one, anew. See `select_positions`."""
@@ -1680,23 +1684,20 @@ def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = N
 def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], Callable[[], None], Callable[[], None]]:
     """(fp32 parameters to train, write, undo) for whole tensors: in half precision their own small steps would vanish."""
     original = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
-    masters, handles = {}, []
-    for name, p in params.items():
-        p.requires_grad_(True)
-        masters[name] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-        if masters[name] is not p:
+    masters = {n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in params.items()}
+    pairs = [(masters[n], p.requires_grad_(True)) for n, p in params.items()]
+    copied = [(master, p) for master, p in pairs if master is not p]
 
-            def move(p: nn.Parameter, master: nn.Parameter = masters[name]) -> None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+    def move(master: nn.Parameter, p: nn.Parameter) -> None:
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
 
-            handles.append(p.register_post_accumulate_grad_hook(move))
+    handles = [p.register_post_accumulate_grad_hook(functools.partial(move, master)) for master, p in copied]
 
     @torch.no_grad()
     def write() -> None:
-        for name, p in params.items():
-            if masters[name] is not p:
-                p.copy_(masters[name])
+        for master, p in copied:
+            p.copy_(master)
 
     @torch.no_grad()
     def undo() -> None:
@@ -1784,25 +1785,31 @@ def score(run: Run, examples: list[Example]) -> dict[str, float]:
         raise UserError(f"out of memory in evaluation: lower --eval-batch-size (now {size})") from None
 
 
-def make_optimizer(tuned: Tuned, lr: float) -> torch.optim.AdamW:
-    """AdamW, with its state made now, so that a saved one can be copied into it."""
-    groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": lr}]
-    groups += [{"params": [p for n, p in tuned.params.items() if n in tuned.head], "lr": HEAD_LR}]
-    fused = {p.device.type for p in tuned.params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
+def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optimizer, dict]:
+    """AdamW, and the state of the run: all that it needs to go on after an interruption, the tensors being those in use."""
+    params, head = tuned.params, tuned.head
+    groups = [{"params": [p for n, p in params.items() if n not in head], "lr": lr}]
+    groups += [{"params": [p for n, p in params.items() if n in head], "lr": HEAD_LR}]
+    fused = {p.device.type for p in params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
     groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
-    for p in tuned.params.values():
+    tensors = {name: p.detach() for name, p in params.items()}
+    for name, p in params.items():
         step = torch.zeros((), device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
-
-
-def state_of(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record: dict, best: dict[str, Tensor]) -> dict:
-    """All that an interrupted run needs to go on, and the key that says which run it is."""
-    tensors = {name: p.detach() for name, p in tuned.params.items()}
-    tensors |= {f"{name} {part}": t for name, p in tuned.params.items() for part, t in optimizer.state[p].items()}
-    key = f"{run.args.name} {run.facts['revision']} {code_hash()}"
-    return {"key": key, "record": record, "best": best, "tensors": tensors}
+        tensors |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
+    record = {
+        "step": 0,
+        "best": {"step": 0, "score": -math.inf},
+        "loss": [],
+        "eval": [],
+        "tokens": 0,
+        "train_s": 0.0,
+        "eval_s": 0.0,
+    }
+    best = {n: p.detach().to("cpu", copy=True) for n, p in params.items() if ranks()[0] == 0}
+    key = f"{run.args.name} {run.facts['revision']} {file_hash(__file__)}"
+    return optimizer, {"key": key, "record": record, "best": best, "tensors": tensors}
 
 
 def save_state(file: str, state: dict) -> None:
@@ -1814,42 +1821,36 @@ def save_state(file: str, state: dict) -> None:
         write_file(file, write)
 
 
-def load_state(file: str, wanted: dict) -> dict | None:
-    """What `save_state` wrote, if it is whole and has the key, names, types and shapes of `wanted`; else None."""
+def load_state(file: str, state: dict) -> bool:
+    """Set `state` to what `save_state` wrote, if that is whole and of the same run; else say so and leave it."""
 
     def kind(x: object) -> object:
         if isinstance(x, dict):
             return {name: kind(part) for name, part in x.items()}
         return (x.dtype, x.shape) if isinstance(x, Tensor) else type(x)
 
-    if not os.path.exists(file):
+    def read() -> dict | None:
+        if not os.path.exists(file):
+            return None
+        reason = "of another run, model or version of apet.py"
+        try:
+            with zipfile.ZipFile(file) as f:
+                if f.testzip():  # the sums of its parts, which torch does not check
+                    raise ValueError
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            if kind(found) == kind(state) and found["key"] == state["key"]:
+                return found
+        except Exception:  # a file that is no state can fail in any way
+            reason = "damaged"
+        say(f"{file} is {reason}: the run starts anew")
         return None
-    reason = "of another run, model or version of apet.py"
-    try:
-        with zipfile.ZipFile(file) as f:
-            if f.testzip() is not None:  # torch itself checks no sums
-                raise ValueError
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if kind(state) == kind(wanted) and state["key"] == wanted["key"]:
-            return state
-    except Exception:  # a file that is no state can fail in any way
-        reason = "damaged"
-    say(f"{file} is {reason}: the run starts anew")
-    return None
 
-
-def resume(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record: dict, best: dict[str, Tensor], file: str) -> bool:
-    """Whether the run goes on where it was interrupted: then all of it is as it was there."""
-    wanted = state_of(run, tuned, optimizer, record, {n: p.detach() for n, p in tuned.params.items()})
-    state = load_state(file, wanted) if run.args.resume and ranks()[0] == 0 else None
-    found = from_rank_0(lambda: state and state["record"])
-    if found:
-        record.update(found)
-        best.update(state["best"] if state else {})
-        fill_from_rank_0(wanted["tensors"], state["tensors"] if state else {})
-        tuned.write()
-        say(f"continuing at step {record['step']}")
-    return bool(found)
+    found = read() if ranks()[0] == 0 else None
+    if record := from_rank_0(lambda: found and found["record"]):
+        state["record"].update(record)
+        state["best"].update(found["best"] if found else {})
+        fill_from_rank_0(state["tensors"], found["tensors"] if found else {})
+    return bool(record)
 
 
 def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, step: int) -> tuple[Tensor, int]:
@@ -1886,9 +1887,9 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
     """
     from tqdm import tqdm
 
-    args, optimizer, waiting, best, clock = run.args, make_optimizer(tuned, lr), [], {}, time.perf_counter()
-    record = {"step": 0, "best": {"step": 0, "score": -math.inf}, "loss": [], "eval": []}
-    record |= {"tokens": 0, "train_s": 0.0, "eval_s": 0.0}
+    args, clock, waiting = run.args, time.perf_counter(), []
+    optimizer, state = start_training(run, tuned, lr)
+    record, best = state["record"], state["best"]
 
     def count_seconds(what: str) -> None:
         nonlocal clock
@@ -1910,11 +1911,14 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
         record["eval"].append({"step": record["step"], **scores})
         if (first := next(iter(scores.values()))) > record["best"]["score"]:
             record["best"] = {"step": record["step"], "score": first}
-            if ranks()[0] == 0:
-                best.update({n: p.detach().to("cpu", copy=True) for n, p in tuned.params.items()})
+            for name, kept in best.items():
+                kept.copy_(tuned.params[name].detach())
         count_seconds("eval_s")
 
-    if not resume(run, tuned, optimizer, record, best, state_file):
+    if args.resume and load_state(state_file, state):
+        tuned.write()
+        say(f"continuing at step {record['step']}")
+    else:
         evaluate()
     options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
     with catch_signals() as caught, tqdm(**options, disable=ranks()[0] > 0) as bar:
@@ -1923,12 +1927,13 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
             waiting.append(loss)
             record["step"] += 1
             record["tokens"] += tokens
-            if last := record["step"] == args.steps or record["step"] % args.eval_every == 0:
+            due = record["step"] % args.eval_every == 0 and record["step"] < args.steps
+            if due or record["step"] == args.steps:
                 evaluate()
             stop = on_any_rank(bool(caught))
-            if stop or (last and record["step"] < args.steps):
+            if due or stop:
                 look()
-                save_state(state_file, state_of(run, tuned, optimizer, record, best))
+                save_state(state_file, state)
             if stop:
                 if ranks()[1] > 1:
                     torch.distributed.barrier()  # torchrun ends all processes once one has ended
@@ -1983,30 +1988,14 @@ def parser() -> argparse.ArgumentParser:
             raise UserError(f"{text!r} is not UTF-8: rename it")
         return text
 
-    def count(text: str, most: int = 10**9) -> int:
-        if (number := parse_count(text, "it")) > most:
-            raise UserError(f"it must be at most {most:,}, not {text!r}")
-        return number
+    def number(what: str, fits: Callable, read: Callable = float) -> Callable[[str], int | float | str]:
+        def check(text: str) -> int | float | str:
+            with contextlib.suppress(ValueError):
+                if fits(value := read(text)):
+                    return value
+            raise UserError(f"it must be {what}, not {text!r}")
 
-    def size(text: str) -> int:  # of what has to fit into memory
-        return count(text, 100_000)
-
-    def seed(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text):
-            raise UserError(f"a seed must be a whole number from 0 to 999999999, not {text!r}")
-        return int(text)
-
-    def rate(text: str) -> float | str:
-        return text if text == "auto" else number(text, "a number above 0, or auto", lambda x: 0 < x < math.inf)
-
-    def share(text: str) -> float:
-        return number(text, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-
-    def number(text: str, what: str, fits: Callable[[float], bool]) -> float:
-        with contextlib.suppress(ValueError):
-            if fits(float(text)):
-                return float(text)
-        raise UserError(f"it must be {what}, not {text!r}")
+        return check
 
     def each(read: Callable[[str], object]) -> Callable[[str], list]:
         def split(text: str) -> list:
@@ -2023,6 +2012,12 @@ def parser() -> argparse.ArgumentParser:
     def add(flag: str, read: Callable[[str], object], help: str, default: str | None = None, **more: object) -> None:
         p.add_argument(flag, type=read, help=help, default=default, **more)
 
+    whole = functools.partial(parse_count, what="it")
+    count = number("a whole number from 1 to 1e9, such as 10000 or 1e4", lambda x: x <= 10**9, whole)
+    size = number("a whole number from 1 to 100,000", lambda x: x <= 100_000, whole)  # of what has to fit into memory
+    seed = number("a whole number from 0 to 999999999", lambda x: 0 <= x < 10**9, int)
+    share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+    rate = number("a number above 0, or auto", lambda x: x == "auto" or 0 < x < math.inf, lambda x: x if x == "auto" else float(x))
     p.error = error  # one line, as for all else that a person can put right; argparse would print every flag before it
     own = "offline; with --load, its own"
     add("--model", word, f"a local folder, a hub id, or a short name such as t5-large (default: toy-base, {own})")
@@ -2126,23 +2121,22 @@ def as_saved(args: argparse.Namespace) -> None:
             setattr(args, name, getattr(made, name))
 
 
-def launched() -> dict[str, int]:
-    """The numbers that torchrun gives each process; none unless all are there, as SLURM sets some of the same names."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-    if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
-        return dict.fromkeys(names, 0)
-    for name in names:
-        if not re.fullmatch("[0-9]{1,9}", os.environ[name]):
-            raise UserError(f"the environment variable {name} must be a number, as torchrun sets it, not {os.environ[name]!r}")
-    return {name: int(os.environ[name]) for name in names}
+def launched() -> tuple[int, int]:
+    """(local rank, number of processes) under torchrun, else (0, 1): SLURM, too, sets some of its environment variables."""
+    numbers = ("LOCAL_RANK", "WORLD_SIZE", "RANK", "MASTER_PORT")
+    if not all(name in os.environ for name in (*numbers, "MASTER_ADDR")):
+        return 0, 1
+    if not all(os.environ[name].isdecimal() for name in numbers):
+        raise UserError(f"the environment variables {', '.join(numbers)} must be numbers, as torchrun sets them")
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def usable_device(args: argparse.Namespace) -> str:
     """The device to run on, tried out."""
-    local, several = launched()["LOCAL_RANK"], launched()["WORLD_SIZE"] > 1
-    if several and (args.device_map or (args.device or "").startswith("cuda")):
+    local, world = launched()
+    if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
         right = "python apet.py --device-map ..." if args.device_map else "torchrun ... apet.py without --device"
-        raise UserError(f"torchrun gives each process a GPU and a whole model: {right}, please")
+        raise UserError(f"torchrun gives each process its own GPU, with a whole model on it: {right}, please")
     name = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -2164,31 +2158,31 @@ def runs(args: argparse.Namespace, *revisions: str | None) -> list[argparse.Name
     out = []
     for method in args.method:
         apet, trains = method == "apet" and not args.load, not args.load
-        for budget, mask, mask_seed, seed, lr in itertools.product(
-            args.budget if apet else [None], args.mask if apet else [None], args.mask_seed if apet else [None],
-            args.seed if trains else [None], args.lr if trains and method != "none" else [None],
-        ):  # fmt: skip
-            if mask == "magnitude" and mask_seed != args.mask_seed[0]:
-                continue
-            own = argparse.Namespace(
-                **vars(args) | dict(method=method, budget=budget, mask=mask, mask_seed=mask_seed, seed=seed, lr=lr)
-            )
-            if method != "apet":
-                own.where, own.insert = None, []
-            unread = {"out", "save", "export", "resume", "device", "eval_batch_size"}
-            unread |= set() if trains else {"steps", "eval_every", "batch_size", "grad_accum", "dropout"}
-            read = {k: v for k, v in sorted(vars(own).items()) if k not in unread} | {"revisions": revisions}
-            if args.load:  # another delta under the same name is another run
-                with open(args.load, "rb") as f:
-                    read["load"] = hashlib.sha256(f.read()).hexdigest()
-            parts = [args.model, args.task, "loaded" if args.load else method]
-            parts += [f"{mask}-{budget}-p{mask_seed}"] if apet else []
-            parts += [f"s{seed}"] if trains and method != "none" else []
-            parts.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
-            own.name = "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
-            own.label = " ".join(str(x) for x in (own.method, budget, mask, mask_seed) if x is not None)
-            out.append(own)
+        lists = [args.budget, args.mask, args.mask_seed] if apet else [[None]] * 3
+        lists += [args.seed if trains else [None], args.lr if trains and method != "none" else [None]]
+        for values in itertools.product(*lists):
+            own = argparse.Namespace(**vars(args) | {"method": method, "where": args.where if method == "apet" else None})
+            own.insert = args.insert if method == "apet" else []
+            own.budget, own.mask, own.mask_seed, own.seed, own.lr = values
+            own.name = run_name(own, revisions)
+            own.label = " ".join(str(x) for x in (method, own.budget, own.mask, own.mask_seed) if x is not None)
+            if own.mask != "magnitude" or own.mask_seed == args.mask_seed[0]:  # it reads no seed
+                out.append(own)
     return out
+
+
+def run_name(args: argparse.Namespace, revisions: tuple) -> str:
+    """For the files of a run: what it is in words, and a hash of all that its numbers depend on."""
+    unread = {"out", "save", "export", "resume", "device", "eval_batch_size"}
+    unread |= {"steps", "eval_every", "batch_size", "grad_accum", "dropout"} if args.load else set()
+    read = {k: v for k, v in sorted(vars(args).items()) if k not in unread} | {"revisions": revisions}
+    if args.load:  # another delta under the same name is another run
+        read["load"] = file_hash(args.load)
+    parts = [args.model, args.task, "loaded" if args.load else args.method]
+    parts += [f"{args.mask}-{args.budget}-p{args.mask_seed}"] if args.mask else []
+    parts += [f"s{args.seed}"] if args.seed is not None and args.method != "none" else []
+    parts.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
+    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
 
 
 def model_revision(name: str) -> str | None:
@@ -2203,10 +2197,9 @@ def model_revision(name: str) -> str | None:
     return found[1] if found else None
 
 
-@functools.cache
-def code_hash() -> str:
-    with open(__file__, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+def file_hash(file: str) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def run_one(run: Run) -> dict:
@@ -2224,13 +2217,13 @@ def run_one(run: Run) -> dict:
     try:
         if args.save and not tuned.params:
             raise UserError(f"--save: --method {args.method} trains nothing here, so there is no delta to save")
-        tuned_count = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
-        lr = auto_lr(args.method, tuned_count, run.facts["family"]) if args.lr == "auto" else args.lr
+        lr = auto_lr(args.method, tuned.size(), run.facts["family"]) if args.lr == "auto" else args.lr
         record = train(run, tuned, lr, f"{file}.state") if tuned.params and not args.load else {}
         began = time.perf_counter()
         scores = score(run, data.report)
-        record["eval_s"] = record.get("eval_s", 0.0) + time.perf_counter() - began
-        result = make_result(run, tuned, record, scores, lr, tuned_count, start)
+        now = time.perf_counter()
+        seconds = {"train": record.get("train_s", 0.0), "eval": record.get("eval_s", 0.0) + now - began, "all": now - start}
+        result = make_result(run, tuned, record, scores, seconds) | {"lr": lr}
         if ranks()[0] == 0:
             write_result(run, tuned, result, file)
         return result
@@ -2238,58 +2231,39 @@ def run_one(run: Run) -> dict:
         tuned.undo()
 
 
-def make_result(
-    run: Run, tuned: Tuned, record: dict, scores: dict[str, float], lr: float | None, tuned_count: int, start: float
-) -> dict:
+def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], seconds: dict[str, float]) -> dict:
     """All that is known of a run; enough to redo it."""
-    total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
     metric, first = next(iter(scores.items()))
-    losses = record.get("loss", [])
-    every = max(1, math.ceil(len(losses) / 500))
+    out = {"score": first, "metric": metric, "metrics": scores, "baselines": baselines(run.data), "best": record.get("best")}
+    total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
+    out |= {"tuned_params": tuned.size(), "total_params": total, "density": tuned.size() / total}
+    out |= {"head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head)}
+    losses, steps = record.get("loss", []), record.get("step")
+    every = max(1, math.ceil(len(losses) / 500))  # steps that an entry of loss_curve is the mean of
     chunks = [losses[i : i + every] for i in range(0, len(losses), every)]
-    seconds = {"train": record.get("train_s", 0.0), "eval": record["eval_s"], "all": time.perf_counter() - start}
-    return {
-        "score": first,
-        "metric": metric,
-        "metrics": scores,
-        "baselines": baselines(run.data),
-        "tuned_params": tuned_count,
-        "head_params": sum(p.numel() for p in tuned.head.values()),
-        "head_trained": any(n in tuned.params for n in tuned.head),
-        "total_params": total,
-        "density": tuned_count / total,
-        "lr": lr,
-        "best": record.get("best"),
-        "loss_curve": [sum(chunk) / len(chunk) for chunk in chunks],
-        "loss_every": every,  # steps that an entry of loss_curve is the mean of
-        "eval_curve": record.get("eval", []),
-        "seconds": seconds,
-        "step_ms": 1e3 * seconds["train"] / record["step"] if record.get("step") else None,
-        "tokens_per_s": record["tokens"] / seconds["train"] if record.get("step") else None,
-        "peak_memory_bytes": peak_memory(run.args.device),
-        "labels": list(run.data.words),
-        "data": run.data.about,
-        "model": run.facts,
+    out |= {"loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record.get("eval", [])}
+    out |= {"seconds": seconds, "step_ms": 1e3 * seconds["train"] / steps if steps else None}
+    out |= {"tokens_per_s": record["tokens"] / seconds["train"] if steps else None}
+    out |= {"peak_memory_bytes": peak_memory(run.args.device), "device": machine(run.args.device), "processes": ranks()[1]}
+    out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
+    out |= {
         "arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")},
-        "versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")},
-        "device": machine(run.args.device),
-        "processes": ranks()[1],
-        "apet_sha256": code_hash(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "apet_sha256": file_hash(__file__),
     }
+    out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
 
 
 def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
     """The delta, the result, then the export; the state has served."""
-    args, delta = run.args, run.args.save or f"{file}.safetensors"
+    args = run.args
     about = {"run": args.name, "model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
     about |= {n: getattr(args, n) for n in DATA_FLAGS if getattr(args, n) is not None}
-    if tuned.apet and not args.load:
-        tuned.apet.save(delta, tuned.inserted | tuned.head, **about)
-        result["delta"] = delta
-    elif tuned.params and not args.load and (args.save or args.method != "full"):
-        save_tensors(tuned.head | tuned.params, delta, {"format": "apet 1", **about})
-        result["delta"] = delta
+    if tuned.params and not args.load and (args.save or args.method != "full"):
+        result["delta"] = args.save or f"{file}.safetensors"
+        if tuned.apet:
+            tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
+        else:
+            save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
     write_text(f"{file}.json", json.dumps(result, indent=1) + "\n")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{file}.state")
@@ -2377,9 +2351,9 @@ def machine(device: str) -> str:
     return f"cpu {platform.machine()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
 
 
-def say(text: str, rank: int = 0) -> None:
+def say(text: str, each_rank: bool = False) -> None:
     """To the person, once for all processes; a terminal that is gone or full must not end a run."""
-    if ranks()[0] == rank:
+    if each_rank or ranks()[0] == 0:
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
 
@@ -2395,13 +2369,11 @@ def read_result(args: argparse.Namespace) -> dict | None:
         table([(args, result)])  # it holds all that will be read
     except Exception:  # a file that is no result can fail in any way
         raise UserError(f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume") from None
-    if not (args.save or "delta" in result):
-        return result
-    for delta in [args.save] if args.save else [str(result["delta"]), f"{file.removesuffix('.json')}.safetensors"]:
-        with contextlib.suppress(UserError):
-            if load_tensors(delta)[1].get("run") == args.name:
-                return result | {"delta": delta}
-    say(f"{args.label}: its delta is no longer there; it runs anew")
+    delta = args.save or f"{file.removesuffix('.json')}.safetensors"
+    with contextlib.suppress(UserError):
+        if not (args.save or "delta" in result) or load_tensors(delta)[1].get("run") == args.name:
+            return result
+    say(f"{args.label}: its delta {delta} is not there; it runs anew")
     return None
 
 
@@ -2456,19 +2428,15 @@ def sweep(args: argparse.Namespace) -> None:
                     raise
                 say(f"{title} failed: {e}")
                 failed.append(own.label)
-    print_table([(own, result) for own, result in zip(todo, done, strict=True) if result])
-    if failed:
-        raise UserError(f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}")
-
-
-def print_table(results: list[tuple[argparse.Namespace, dict]]) -> None:
-    if not results or ranks()[0] > 0:
-        return
+    results = [(own, result) for own, result in zip(todo, done, strict=True) if result]
     try:
-        print(table(results), flush=True)
+        if results and ranks()[0] == 0:
+            print(table(results), flush=True)
     except (OSError, ValueError) as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries, and complains, once more when it ends
-        raise UserError(f"can't print the table ({e}); the results are written, in {results[0][0].out}") from None
+        raise UserError(f"can't print the table ({e}); the results are written, in {args.out}") from None
+    if failed:
+        raise UserError(f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}")
 
 
 def run_in_memory(run: Run, todo: list[argparse.Namespace]) -> dict:
@@ -2501,18 +2469,18 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         args = check_args(parser().parse_args(argv))
-        if launched()["WORLD_SIZE"] > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
+        if launched()[1] > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
             torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
         sweep(args)
         if ranks()[1] > 1:
             torch.distributed.destroy_process_group()
         return 0
     except UserError as e:
-        say(f"apet: error: {e}", ranks()[0])
+        say(f"apet: error: {e}", each_rank=True)
         return 2
     except Interrupted as e:
         number, step = e.args
-        say(f"apet: interrupted after step {step}; the same command continues there", ranks()[0])
+        say(f"apet: interrupted after step {step}; the same command continues there", each_rank=True)
         return 128 + number
     except KeyboardInterrupt:
         return 130
@@ -2521,7 +2489,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         place = [f.name for f in traceback.extract_tb(e.__traceback__) if f.filename == __file__][-1]
         words = " ".join(str(e).split())[:500]
-        say(f"apet: error in {place}: {type(e).__name__}: {words} (APET_DEBUG=1 shows the traceback)", ranks()[0])
+        say(f"apet: error in {place}: {type(e).__name__}: {words} (APET_DEBUG=1 shows the traceback)", each_rank=True)
         return 1
 
 
