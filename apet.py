@@ -1798,15 +1798,7 @@ def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optim
         step = torch.zeros((), device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         tensors |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
-    record = {
-        "step": 0,
-        "best": {"step": 0, "score": -math.inf},
-        "loss": [],
-        "eval": [],
-        "tokens": 0,
-        "train_s": 0.0,
-        "eval_s": 0.0,
-    }
+    record = dict(step=0, tokens=0, train_s=0.0, eval_s=0.0, loss=[], eval=[], best={"step": 0, "score": -math.inf})
     best = {n: p.detach().to("cpu", copy=True) for n, p in params.items() if ranks()[0] == 0}
     key = f"{run.args.name} {run.facts['revision']} {file_hash(__file__)}"
     return optimizer, {"key": key, "record": record, "best": best, "tensors": tensors}
@@ -2246,11 +2238,9 @@ def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], 
     out |= {"tokens_per_s": record["tokens"] / seconds["train"] if steps else None}
     out |= {"peak_memory_bytes": peak_memory(run.args.device), "device": machine(run.args.device), "processes": ranks()[1]}
     out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
-    out |= {
-        "arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")},
-        "apet_sha256": file_hash(__file__),
-    }
+    out |= {"arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")}}
     out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
+    return out | {"apet_sha256": file_hash(__file__), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
 def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
