@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -757,10 +758,11 @@ def test_a_run_that_fails_does_not_stop_the_others_of_its_sweep_and_is_not_hidde
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on what waits for a device: a tensor's number that Python reads."""
+    """Fails on what waits for a device: a tensor's number that Python reads. transformers' own masks do, once a forward."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        if op is torch.ops.aten._local_scalar_dense.default:
+            assert any("masking_utils" in frame.filename for frame in traceback.extract_stack()), "a step waits for the device"
         return op(*args, **(kwargs or {}))
 
 
