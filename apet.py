@@ -61,6 +61,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -2019,20 +2020,12 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", each(str), f"scalars to tune: {budgets}; a list sweeps", "1e4")
     add("--mask", known(MASKS, "mask"), f"how positions are chosen: {', '.join(MASKS)}; a list sweeps", "random")
     add("--where", word, f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names", "all")
-    add(
-        "--insert",
-        known(COUNTED[:3], "method to insert"),
-        "lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code",
-    )
+    inserted = known(COUNTED[:3], "method to insert")
+    add("--insert", inserted, "lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
     p.add_argument("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
     add("--mask-seed", each(seed), "seed of the positions; a list sweeps", "0")
     add("--seed", each(seed), "seed of training: data order, dropout; a list sweeps", "0")
-    add(
-        "--lr",
-        each(rate),
-        "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps",
-        "auto",
-    )
+    add("--lr", each(rate), "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
     add("--steps", count, "optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", size, "examples a step, over all micro-batches and processes (default: 32, the authors')", "32")
     add("--grad-accum", size, "micro-batches a step, each of examples of like length", "1")
@@ -2043,11 +2036,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eval-batch-size", size, "examples a batch in evaluation", "64")
     add("--train-size", count, "use that many training examples (fixed choice)")
     add("--eval-size", count, "evaluate on that many (fixed choice; default: all, at most 1,000 to pick the best step)")
-    add(
-        "--dropout",
-        share,
-        "rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)",
-    )
+    add("--dropout", share, "rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
     add("--dtype", str, "of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32", choices=DTYPES)
     add("--device", word, "cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--device-map", word, "spread the model over several devices: auto (needs accelerate)")
@@ -2236,7 +2225,9 @@ def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], 
     out |= {"loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record.get("eval", [])}
     out |= {"seconds": seconds, "step_ms": 1e3 * seconds["train"] / steps if steps else None}
     out |= {"tokens_per_s": record["tokens"] / seconds["train"] if steps else None}
-    out |= {"peak_memory_bytes": peak_memory(run.args.device), "device": machine(run.args.device), "processes": ranks()[1]}
+    cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    out |= {"device": cpu if run.args.device == "cpu" else torch.cuda.get_device_name(), "processes": ranks()[1]}
+    out |= {"peak_memory_bytes": peak_memory(run.args.device)}
     out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
     out |= {"arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")}}
     out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
@@ -2254,19 +2245,11 @@ def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
             tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
         else:
             save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
-    write_text(f"{file}.json", json.dumps(result, indent=1) + "\n")
+    write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{file}.state")
     if args.export:
         export(run)
-
-
-def write_text(file: str, text: str) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-
-    write_file(file, write)
 
 
 def export(run: Run) -> None:
@@ -2337,10 +2320,6 @@ def peak_memory(device: str) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def machine(device: str) -> str:
-    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-
-
 def say(text: str, each_rank: bool = False) -> None:
     """To the person, once for all processes; a terminal that is gone or full must not end a run."""
     if each_rank or ranks()[0] == 0:
@@ -2377,7 +2356,7 @@ def check_folders(args: argparse.Namespace) -> None:
     names = [os.path.join(args.out, own.name + ".safetensors") for own in runs(args)]
     for file in (max(names, key=len), args.save, args.export and os.path.join(args.export, "model.safetensors")):
         if file:
-            write_text(f"{file}~", "")
+            write_file(f"{file}~", lambda temporary: Path(temporary).touch())
             with contextlib.suppress(FileNotFoundError):  # another process of the same command was faster
                 os.unlink(f"{file}~")
 
@@ -2442,7 +2421,7 @@ def run_in_memory(run: Run, todo: list[argparse.Namespace]) -> dict:
     checkpoint(run.model)
     for own in todo:
         own.gradient_checkpointing = True
-    return run_one(run)
+    return run_in_memory(run, todo)
 
 
 def checkpoint(model: nn.Module) -> None:
@@ -2477,7 +2456,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("APET_DEBUG") == "1":
             raise
-        place = [f.name for f in traceback.extract_tb(e.__traceback__) if f.filename == __file__][-1]
+        place = [f.name for f in traceback.extract_tb(e.__traceback__) if f.filename == __file__ and f.name[0] != "<"][-1]
         words = " ".join(str(e).split())[:500]
         say(f"apet: error in {place}: {type(e).__name__}: {words} (APET_DEBUG=1 shows the traceback)", each_rank=True)
         return 1
