@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOY, batch_for, build
+from conftest import ROOT, TOY, build
 from safetensors.torch import load_file, save_file
 
 import apet
@@ -539,8 +539,6 @@ WRONG = {
     "export nowhere": (["--export", "{tmp}/text.jsonl/model"], "is a file, where a folder should be"),
     "export bitfit": (["--method", "bitfit", "--export", "{tmp}/model"], "no place for the new biases"),
     "flag": (["--bugdet", "3"], None),
-    "pool": (["--pool", "mean"], "has no pooler"),
-    "pool and export": (["--pool", "mean", "--export", "{tmp}/model"], "can't say that the head reads the mean"),
     "save": (["--budget", "1,2", "--save", "x"], "want one run, not a sweep of 2"),
     "read-only out": (["--out", "/proc/self"], "can't write in the folder /proc/self: "),
     "read-only save": (["--save", "/proc/self/delta"], "can't write in the folder /proc/self: "),
@@ -690,19 +688,6 @@ def test_a_run_that_fails_does_not_stop_the_others_of_its_sweep_and_is_not_hidde
     said = capsys.readouterr()
     assert "full failed: the loss is" in said.err and "1 of 2 runs failed" in said.err.splitlines()[-1]
     assert only(tmp_path)["arguments"]["method"] == "none" and "none" in said.out
-
-
-def test_the_head_can_read_the_mean_of_the_text():
-    model = build("bert").eval()
-    batch = {k: v for k, v in batch_for("bert").items() if k != "labels"}
-    with torch.no_grad():
-        hidden, mask = model.bert(**batch).last_hidden_state, batch["attention_mask"]
-        means = [h[m.bool()].mean(0) for h, m in zip(hidden, mask, strict=True)]
-        expected = model.classifier(torch.stack(means))
-        apet.pool_mean(model)
-        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
-    with pytest.raises(ValueError, match="no pooler"):
-        apet.pool_mean(build("t5"))
 
 
 def test_a_delta_of_another_model_is_refused(tmp_path, capsys):
