@@ -1392,6 +1392,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         if family == "encoder" and not words:
             raise UserError(f"{args.model} is an encoder: it can classify, but not write the text that {args.task} asks for")
         tokenizer = hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        check_tokenizer(args.model, tokenizer, family)
         more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
         if family == "encoder":  # its head is made anew, for these labels
             more |= {"num_labels": len(words), "ignore_mismatched_sizes": True}
@@ -1403,13 +1404,15 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         raise
     except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
         raise UserError(hub_trouble("the model", path, online, e)) from None
-    base, parameters = {id(p) for p in base_of(model).parameters()}, dict(model.named_parameters())
-    if wrong := [entry[0] for entry in loaded["mismatched_keys"] if id(parameters.get(entry[0])) in base]:
-        raise UserError(f"{args.model}: {wrong[0]} has another shape in the checkpoint than by config.json")
-    made = sorted(n for n in loaded["missing_keys"] if id(parameters.get(n)) in base)
-    if made:
+    inside = {id(p) for p in base_of(model).parameters()}
+    base = {n for n, p in model.named_parameters() if id(p) in inside}
+    if wrong := base & {entry[0] for entry in loaded["mismatched_keys"]}:
+        raise UserError(f"{args.model}: {min(wrong)} has another shape in the checkpoint than by config.json")
+    if made := sorted(base & set(loaded["missing_keys"])):
         say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: randomly initialized, always the same")
-    check_tokenizer(args.model, model, tokenizer, family)
+    tokenizer.rows = len(model.get_input_embeddings().weight)  # for Coder, which refuses tokens beyond
+    if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     if family == "encoder":
         check_length(args, base_of(model))
     else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
@@ -1422,8 +1425,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
     if not args.device_map:
         model.to(args.device)
-    cached = None if local else try_to_load_from_cache(path, "config.json")
-    found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
+    found = re.search(r"snapshots.([0-9a-f]{40})", "" if local else str(try_to_load_from_cache(path, "config.json")))
     revision = folder_revision(path) if local else found[1] if found else "?"
     facts = {"path": args.model if local else path, "revision": revision, "family": family}
     if made:
@@ -1431,15 +1433,12 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     return model.train(), tokenizer, facts
 
 
-def check_tokenizer(name: str, model: nn.Module, tokenizer: object, family: str) -> None:
-    """UserError for a tokenizer that knows no words or ends no text. It learns what `Coder` has to know of the model."""
+def check_tokenizer(name: str, tokenizer: object, family: str) -> None:
+    """UserError for a tokenizer that knows no words (what transformers makes up where there is none) or ends no text."""
     if not re.search(r"\w", tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)):
         raise UserError(f"{name} has no tokenizer, or one that knows no words: tokenizer.json belongs beside config.json")
     if family != "encoder" and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token (eos_token), which ends every text to be written")
-    tokenizer.rows = len(model.get_input_embeddings().weight)
-    if getattr(model.config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
-        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
 
 
 def check_length(args: argparse.Namespace, base: nn.Module) -> None:
