@@ -1396,10 +1396,9 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
         if family == "encoder":  # its head is made anew, for these labels
             more |= {"num_labels": len(words), "ignore_mismatched_sizes": True}
-        kinds = {"seq2seq": hf.AutoModelForSeq2SeqLM, "causal": hf.AutoModelForCausalLM}
+        kind = {"seq2seq": "Seq2SeqLM", "encoder": "SequenceClassification", "causal": "CausalLM"}[family]
         torch.manual_seed(0)  # for weights that the checkpoint lacks
-        kind = kinds.get(family, hf.AutoModelForSequenceClassification)
-        model, loaded = kind.from_pretrained(path, output_loading_info=True, **more)
+        model, loaded = getattr(hf, f"AutoModelFor{kind}").from_pretrained(path, output_loading_info=True, **more)
     except UserError:
         raise
     except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
@@ -1428,9 +1427,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     found = re.search(r"snapshots.([0-9a-f]{40})", "" if local else str(try_to_load_from_cache(path, "config.json")))
     revision = folder_revision(path) if local else found[1] if found else "?"
     facts = {"path": args.model if local else path, "revision": revision, "family": family}
-    if made:
-        facts["randomly initialized, as the checkpoint lacks them"] = made
-    return model.train(), tokenizer, facts
+    return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
 
 
 def check_tokenizer(name: str, tokenizer: object, family: str) -> None:
@@ -1481,35 +1478,31 @@ class Coder:
 
     def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
-        self.seen: dict[tuple[str, ...] | str, list[int]] = {}
         self.rows = getattr(tokenizer, "rows", math.inf)  # of the model's embedding, as load_model found them
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < self.rows)
+        self.source, self.written = functools.cache(self.source), functools.cache(self.written)
 
-    def source(self, example: Example) -> list[int]:
-        """Too long a text is cut at its end, not the closing `Output:`."""
-        if example.texts not in self.seen:
-            self.seen[example.texts] = self.known(self._source(example))
-        return self.seen[example.texts]
-
-    def _source(self, example: Example) -> list[int]:
-        longest = self.max_source * CHARACTERS
-        if self.family == "encoder":
-            texts = example.texts if len(example.texts) == 2 else (example.source,)
-            return self.tokenizer(*(t[:longest] for t in texts), truncation=True, max_length=self.max_source).input_ids
-        special = self.family == "seq2seq" or self.tokenizer.bos_token_id is not None
-        text = f"Input: {example.source[:longest]}"
-        ids = self.tokenizer(f"{text} Output:", add_special_tokens=special).input_ids
-        if len(ids) > self.max_source:
-            ending = "Output:" if self.family == "seq2seq" else " Output:"
-            end = self.tokenizer(ending, add_special_tokens=False).input_ids + ids[-1:] * (self.family == "seq2seq")
-            ids = self.tokenizer(text, add_special_tokens=special).input_ids[: self.max_source - len(end)] + end
-        return ids
-
-    def known(self, ids: list[int]) -> list[int]:
-        """The ids, if the model has an embedding for each."""
+    def encode(self, *texts: str, **options: object) -> list[int]:
+        """Token ids; UserError for one that the model has no embedding for."""
+        ids = self.tokenizer(*texts, **options).input_ids
         if beyond := [i for i in ids if i >= self.rows]:
             token = self.tokenizer.convert_ids_to_tokens(beyond[0])
             raise UserError(f"the tokenizer's {token!r} (number {beyond[0]}) is beyond the model's {self.rows:,} embeddings")
+        return ids
+
+    def source(self, example: Example) -> list[int]:
+        """Too long a text is cut at its end, not the closing `Output:`."""
+        longest = self.max_source * CHARACTERS
+        if self.family == "encoder":
+            texts = example.texts if len(example.texts) == 2 else (example.source,)
+            return self.encode(*(t[:longest] for t in texts), truncation=True, max_length=self.max_source)
+        special = self.family == "seq2seq" or self.tokenizer.bos_token_id is not None
+        text = f"Input: {example.source[:longest]}"
+        ids = self.encode(f"{text} Output:", add_special_tokens=special)
+        if len(ids) > self.max_source:
+            ending = "Output:" if self.family == "seq2seq" else " Output:"
+            end = self.encode(ending, add_special_tokens=False) + ids[-1:] * (self.family == "seq2seq")
+            ids = self.encode(text, add_special_tokens=special)[: self.max_source - len(end)] + end
         return ids
 
     def target(self, example: Example) -> list[int]:
@@ -1517,13 +1510,11 @@ class Coder:
 
     def written(self, text: str) -> list[int]:
         """What the tokenizer makes of a text to be written (BART: <s> first); it ends in the end of sequence, when cut, too."""
-        if text not in self.seen:
-            spaced = f" {text}" if self.family == "causal" else text
-            cut, special, end = spaced[: self.max_target * CHARACTERS], self.family == "seq2seq", self.tokenizer.eos_token_id
-            ids = self.tokenizer(text_target=cut, add_special_tokens=special).input_ids
-            ids = ids[:-1] if special and ids[-1] == end else ids
-            self.seen[text] = self.known([*ids[: self.max_target - 1], end])
-        return self.seen[text]
+        special, end = self.family == "seq2seq", self.tokenizer.eos_token_id
+        cut = (text if special else f" {text}")[: self.max_target * CHARACTERS]
+        ids = self.encode(text_target=cut, add_special_tokens=special)
+        ids = ids[:-1] if special and ids[-1] == end else ids
+        return [*ids[: self.max_target - 1], end]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
         """input_ids and attention_mask (batch, longest); with targets, labels (batch, longest): -100 where nothing is to be learnt.
@@ -1634,10 +1625,7 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
                 found.append(label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True).to(device))
                 continue
             batch = prompted(model, coder.batch(sources, None, device))
-            tokens = model.generate(
-                **batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1, pad_token_id=coder.pad,
-                eos_token_id=coder.tokenizer.eos_token_id,
-            )  # fmt: skip
+            tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
             skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
             tokens = tokens[:, skip:].to(device)
             found.append(nn.functional.pad(tokens, (0, coder.max_target - tokens.shape[1]), value=coder.pad))

@@ -264,7 +264,7 @@ def test_a_very_long_text_costs_no_more_than_what_is_read_of_it(tmp_path, name):
     ids, target = coder.source(examples(long)[0]), coder.written(long)
     pair = coder.source(apet.Example((long, long), long, "", 0, ())) if name == "bert" else ids
     assert time.perf_counter() - start < 2
-    assert ids == coder._source(examples(words)[0]) and len(ids) == len(pair) == 64 and len(target) == 8
+    assert ids == coder.source(examples(words)[0]) and len(ids) == len(pair) == 64 and len(target) == 8
 
 
 @pytest.mark.parametrize("name", ENCODERS)
