@@ -1340,6 +1340,8 @@ def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
     """One line for what went wrong between us and the hub."""
     if not online:
         return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
+    if "trust_remote_code" in str(error):
+        return f"{what} {name} brings code of its own (auto_map in its config.json), which is never run; take one that needs none"
     hidden = any(text in str(error) for text in ("Can't load the", "while generating"))  # what is wrong then stands in its cause
     cause = (error.__cause__ or error.__context__) if hidden else None
     return f"can't load {what} {name}: {' '.join(str(cause or error).split())[:300]}"
@@ -1349,7 +1351,7 @@ def folder_revision(folder: str) -> str:
     """Of a local model: from the sizes and the ends of its files, as reading all of a large one takes minutes."""
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
-        if name.endswith((".json", ".safetensors", ".bin", ".model")):
+        if name.endswith((".json", ".safetensors", ".bin", ".model", ".txt")):
             with open(os.path.join(folder, name), "rb") as f:
                 size = f.seek(0, os.SEEK_END)
                 digest.update(f"{name} {size} ".encode())
@@ -1372,91 +1374,94 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     """(model in training mode, tokenizer, facts for the result). UserError if it can't be had."""
     path = find_model(args.model)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
-    online = os.path.isdir(path) or hub_answers()
+    local = os.path.isdir(path)
+    online = local or hub_answers()
     import transformers as hf
     from huggingface_hub import try_to_load_from_cache
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
     try:
-        config = hf.AutoConfig.from_pretrained(path)
+        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False)  # the default asks on stdin
         family = family_of(config)
         if family == "encoder" and not words:
             raise UserError(f"{args.model} is an encoder: it can classify, but not write the text that {args.task} asks for")
-        tokenizer = hf.AutoTokenizer.from_pretrained(path, padding_side="left" if family == "causal" else "right")
-        auto = {
-            "seq2seq": hf.AutoModelForSeq2SeqLM,
-            "encoder": hf.AutoModelForSequenceClassification,
-            "causal": hf.AutoModelForCausalLM,
-        }
-        more = {"num_labels": len(words)} if family == "encoder" else {}
-        more |= {"device_map": args.device_map} if args.device_map else {}
+        tokenizer = hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        check_tokenizer(args.model, tokenizer, family)
+        more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
+        if family == "encoder":  # its head is made anew, for these labels
+            more |= {"num_labels": len(words), "ignore_mismatched_sizes": True}
+        kind = {"seq2seq": "Seq2SeqLM", "encoder": "SequenceClassification", "causal": "CausalLM"}[family]
         torch.manual_seed(0)  # for weights that the checkpoint lacks
-        model, loaded = auto[family].from_pretrained(path, dtype=DTYPES[args.dtype], output_loading_info=True, **more)
+        model, loaded = getattr(hf, f"AutoModelFor{kind}").from_pretrained(path, output_loading_info=True, **more)
     except UserError:
         raise
     except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
         raise UserError(hub_trouble("the model", path, online, e)) from None
-    base = {id(p) for p in base_of(model).parameters()}
-    made = sorted(n for n in loaded["missing_keys"] if id(dict(model.named_parameters()).get(n)) in base)
-    if made and not (args.pool == "mean" and all("pooler" in n for n in made)):
-        hint = "; --pool mean reads the last hidden states instead" if all("pooler" in n for n in made) else ""
-        say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: drawn at random, always the same{hint}")
-    if not args.device_map:
-        model.to(args.device)
-    if args.pool == "mean":
-        pool_mean(model)
-    longest, prompt = getattr(config, "max_position_embeddings", None), "prompt" in (*args.method, *args.insert)
-    if family == "encoder" and longest and args.max_source_length + prompt * PROMPT_TOKENS > longest:
-        room = longest - prompt * PROMPT_TOKENS
-        raise UserError(
-            f"{args.model} reads {longest} tokens at most{', 100 of them the prompt' * prompt}: --max-source-length {room}"
-        )
+    inside = {id(p) for p in base_of(model).parameters()}
+    base = {n for n, p in model.named_parameters() if id(p) in inside}
+    if wrong := base & {entry[0] for entry in loaded["mismatched_keys"]}:
+        raise UserError(f"{args.model}: {min(wrong)} has another shape in the checkpoint than by config.json")
+    if made := sorted(base & set(loaded["missing_keys"])):
+        say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: randomly initialized, always the same")
+    tokenizer.rows = len(model.get_input_embeddings().weight)  # for Coder, which refuses tokens beyond
+    if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+    if family == "encoder":
+        check_length(args, base_of(model))
+    else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
+        own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
+        given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
+        model.generation_config = hf.GenerationConfig(**own)
+        if family == "seq2seq":
+            model.generation_config.decoder_start_token_id = next(i for i in given if i is not None)
     if args.export and "bitfit" in args.method and not own_biases(base_of(model)):
         raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
-    cached = None if os.path.isdir(path) else try_to_load_from_cache(path, "config.json")
-    found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
-    return (
-        model.train(),
-        tokenizer,
-        {
-            "path": args.model if os.path.isdir(path) else path,
-            "revision": found[1] if found else folder_revision(path) if os.path.isdir(path) else "?",
-            "family": family,
-            **({"drawn at random, as the checkpoint lacks them": made} if made else {}),
-        },
-    )
+    if not args.device_map:
+        model.to(args.device)
+    found = re.search(r"snapshots.([0-9a-f]{40})", "" if local else str(try_to_load_from_cache(path, "config.json")))
+    revision = folder_revision(path) if local else found[1] if found else "?"
+    facts = {"path": args.model if local else path, "revision": revision, "family": family}
+    return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
 
 
-def pool_mean(model: nn.Module) -> None:
-    """Let the classification head read the mean of the text's last hidden states in place of the pooler's output."""
-    base, mask = base_of(model), {}
-    pooler = getattr(base, "pooler", None)
-    if pooler is None or isinstance(pooler, nn.Linear):
-        raise UserError(f"--pool mean: {type(model).__name__} has no pooler in whose place the mean could go")
+def check_tokenizer(name: str, tokenizer: object, family: str) -> None:
+    """UserError for a tokenizer that knows no words (what transformers makes up where there is none) or ends no text."""
+    if not re.search(r"\w", tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)):
+        raise UserError(f"{name} has no tokenizer, or one that knows no words: tokenizer.json belongs beside config.json")
+    if family != "encoder" and tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token (eos_token), which ends every text to be written")
 
-    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask["now"] = kwargs["attention_mask"][..., None]
 
-    def mean(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        here = mask["now"].to(args[0])
-        return (args[0] * here).sum(1) / here.sum(1)
-
-    base.register_forward_pre_hook(remember, with_kwargs=True)
-    pooler.register_forward_hook(mean)
+def check_length(args: argparse.Namespace, base: nn.Module) -> None:
+    """UserError if an encoder has fewer places than --max-source-length and a soft prompt ask for."""
+    longest = getattr(base.config, "max_position_embeddings", None) or math.inf
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
+    prompt = "prompt" in (*args.method, *args.insert)
+    room = longest - prompt * PROMPT_TOKENS
+    if args.max_source_length > room:
+        taken = f", of which the prompt takes {PROMPT_TOKENS}" * prompt
+        right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
+        raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Every dropout rate of a model, those kept as plain numbers for functional calls included."""
+    """Every dropout rate of a model, those kept as plain numbers for functional calls included (but not OPT's `layerdrop`)."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if ("drop" in name and isinstance(value, float)) or (isinstance(module, nn.Dropout) and name == "p"):
+            functional = re.search("dropout|pdrop", name) and type(value) in (int, float)
+            if functional or (isinstance(module, nn.Dropout) and name == "p"):
                 setattr(module, name, rate)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches and scores
 # ----------------------------------------------------------------------------------------------------------------------
+
+CHARACTERS = 100  # of a token at most: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
+LOGITS = 1 << 26  # at a time, of which the loss makes copies in fp32 (256 MB each)
 
 
 class Coder:
@@ -1468,79 +1473,106 @@ class Coder:
 
     def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
-        self.seen: dict[tuple[str, ...] | str, list[int]] = {}
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.rows = getattr(tokenizer, "rows", math.inf)  # of the model's embedding, as load_model found them
+        self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < self.rows)
+        self.source, self.written = functools.cache(self.source), functools.cache(self.written)
+
+    def encode(self, *texts: str, **options: object) -> list[int]:
+        """Token ids; UserError for one that the model has no embedding for."""
+        ids = self.tokenizer(*texts, **options).input_ids
+        if beyond := [i for i in ids if i >= self.rows]:
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise UserError(f"the tokenizer's {token!r} (number {beyond[0]}) is beyond the model's {self.rows:,} embeddings")
+        return ids
 
     def source(self, example: Example) -> list[int]:
         """Too long a text is cut at its end, not the closing `Output:`."""
-        if example.texts not in self.seen:
-            self.seen[example.texts] = self._source(example)
-        return self.seen[example.texts]
-
-    def _source(self, example: Example) -> list[int]:
+        longest = self.max_source * CHARACTERS
         if self.family == "encoder":
             texts = example.texts if len(example.texts) == 2 else (example.source,)
-            return self.tokenizer(*texts, truncation=True, max_length=self.max_source).input_ids
+            return self.encode(*(t[:longest] for t in texts), truncation=True, max_length=self.max_source)
         special = self.family == "seq2seq" or self.tokenizer.bos_token_id is not None
-        ids = self.tokenizer(f"Input: {example.source} Output:", add_special_tokens=special).input_ids
-        ending = "Output:" if self.family == "seq2seq" else " Output:"
+        text = f"Input: {example.source[:longest]}"
+        ids = self.encode(f"{text} Output:", add_special_tokens=special)
         if len(ids) > self.max_source:
-            end = self.tokenizer(ending, add_special_tokens=False).input_ids + ids[-1:] * (self.family == "seq2seq")
-            start = self.tokenizer(f"Input: {example.source}", add_special_tokens=special).input_ids
-            ids = start[: self.max_source - len(end)] + end
+            ending = "Output:" if self.family == "seq2seq" else " Output:"
+            end = self.encode(ending, add_special_tokens=False) + ids[-1:] * (self.family == "seq2seq")
+            ids = self.encode(text, add_special_tokens=special)[: self.max_source - len(end)] + end
         return ids
 
     def target(self, example: Example) -> list[int]:
         return [example.label] if self.family == "encoder" else self.written(example.target)
 
     def written(self, text: str) -> list[int]:
-        """Ids of a text to be written; they end in the end-of-sequence token, when cut, too."""
-        if text not in self.seen:
-            spaced = text if self.family == "seq2seq" else f" {text}"
-            ids = self.tokenizer(text_target=spaced, add_special_tokens=False).input_ids[: self.max_target - 1]
-            self.seen[text] = [*ids, self.tokenizer.eos_token_id]
-        return self.seen[text]
+        """What the tokenizer makes of a text to be written (BART: <s> first); it ends in the end of sequence, when cut, too."""
+        special, end = self.family == "seq2seq", self.tokenizer.eos_token_id
+        cut = (text if special else f" {text}")[: self.max_target * CHARACTERS]
+        ids = self.encode(text_target=cut, add_special_tokens=special)
+        ids = ids[:-1] if special and ids[-1] == end else ids
+        return [*ids[: self.max_target - 1], end]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
-        """input_ids and attention_mask (batch, longest); with targets, labels: -100 where nothing is to be learnt."""
+        """input_ids and attention_mask (batch, longest); with targets, labels (batch, longest): -100 where nothing is to be learnt.
+
+        causal: the labels belong to the last places. The last token of a target, which predicts nothing, is not among the inputs.
+        """
 
         def pad(rows: list[list[int]], value: int) -> Tensor:
             width = max(map(len, rows))
             fill = [[value] * (width - len(row)) for row in rows]
             left = self.family == "causal"
-            return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)], device=device)
+            return to_device(torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)]), device)
 
-        labels = targets
+        rows = sources
         if self.family == "causal" and targets is not None:
-            labels = [[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)]
-            sources = [s + t for s, t in zip(sources, targets, strict=True)]
-        out = {"input_ids": pad(sources, self.pad), "attention_mask": pad([[1] * len(s) for s in sources], 0)}
-        if self.family == "encoder" and len(sources) and "token_type_ids" in self.tokenizer.model_input_names:
-            first = [s.index(self.tokenizer.sep_token_id) + 1 for s in sources]  # the second segment comes after the separator
+            rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)]
+        out = {"input_ids": pad(rows, self.pad), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
+        if self.family == "encoder" and "token_type_ids" in self.tokenizer.model_input_names:
+            sep = self.tokenizer.sep_token_id  # the second segment comes after it
+            first = [s.index(sep) + 1 if sep in s else len(s) for s in sources]
             out["token_type_ids"] = pad([[0] * n + [1] * (len(s) - n) for n, s in zip(first, sources, strict=True)], 0)
-        if labels is not None:
-            out["labels"] = pad(labels, -100)
+        if targets is not None:
+            out["labels"] = pad(targets, -100)
         return out
+
+
+def to_device(tensor: Tensor, device: object) -> Tensor:
+    """From the CPU, without waiting for a GPU to be done with what it does."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor], **encoded: object) -> Tensor:
     """(batch, places): log-probability, in fp32, of each label of the batch; 0 where it is -100."""
-    batch, labels = dict(batch), batch["labels"]
-    if coder.family == "causal":
-        del batch["labels"]
-        labels = labels[:, int((labels != -100).any(0).int().argmax()) :]  # targets end the rows: the rest has no label
-        accepted = _forward_arguments(type(model))
-        keep = labels.shape[1] + 1
+    batch, accepted = dict(batch), _forward_arguments(type(model))
+    labels = batch.pop("labels")  # not the model's business: it would compute a loss of its own
+    places = labels.shape[1]
+    if "use_cache" in accepted:
+        batch["use_cache"] = False  # it would copy keys and values
+    if coder.family == "seq2seq":
+        before = torch.full_like(labels, model.generation_config.decoder_start_token_id)
+        before[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, coder.pad)
+        batch["decoder_input_ids"] = before
+    elif coder.family == "causal":
         if "position_ids" in accepted:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
         if "logits_to_keep" in accepted:
-            batch["logits_to_keep"] = keep  # a vocabulary of 250,000 at every source token would not fit
-        logits = model(**batch).logits[:, -keep:-1]
-    else:
-        logits = model(**batch, **encoded).logits
-        logits = logits[:, None] if coder.family == "encoder" else logits
-    labels = labels.to(logits.device)
-    return -nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+            batch["logits_to_keep"] = places  # a vocabulary of 250,000 at every source token would not fit
+    logits = model(**batch, **encoded).logits
+    logits = logits[:, None] if coder.family == "encoder" else logits[:, -places:]
+    return _rows_logp(logits.flatten(0, 1), labels.flatten().to(logits.device)).view(labels.shape)
+
+
+def _rows_logp(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each row's label. Many logits are taken in parts, so that none but a part is ever copied in fp32."""
+    rows = max(1, LOGITS // logits.shape[1])
+    if len(logits) <= rows:
+        return -nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
+    from torch.utils.checkpoint import checkpoint as later  # computed again when the gradient is
+
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    return torch.cat([later(_rows_logp, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 @functools.cache
@@ -1558,13 +1590,13 @@ def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words
     """(batch, labels): log-likelihood of each label's tokens, end of sequence included, given the source."""
     if coder.family == "encoder":
         return model(**add_prompt(model, coder.batch(sources, None, device))).logits.float()
-    targets, scores, encoded = [coder.written(word) for word in words], [], {}
+    scores, encoded = [], {}
     if coder.family == "seq2seq":  # the source is encoded once for all labels
         source = add_prompt(model, coder.batch(sources, None, device))
         encoded = {"encoder_outputs": model.get_encoder()(**source)}
-    for target in targets:
+    for target in map(coder.written, words):
         if encoded:
-            labels = torch.tensor([target] * len(sources), device=device)
+            labels = to_device(torch.tensor([target]), device).expand(len(sources), -1)
             batch = {"attention_mask": source["attention_mask"], "labels": labels}
         else:
             batch = add_prompt(model, coder.batch(sources, [target] * len(sources), device))
@@ -1577,26 +1609,25 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
     """Label numbers, or texts by greedy decoding, in the order of `examples`; batches hold sources of like length."""
     rank, world = ranks()
     order = sorted(range(len(examples)), key=lambda i: (len(coder.source(examples[i])), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
     out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found = []  # stays on the device until all is computed
     model.eval()
     try:
-        for chosen in batches[rank::world]:
+        for chosen in batches:
             sources = [coder.source(examples[i]) for i in chosen]
             if data.words:
-                out[chosen, 0] = label_scores(model, coder, sources, data.words, device).argmax(1).to(device)
+                found.append(label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True).to(device))
                 continue
             batch = add_prompt(model, coder.batch(sources, None, device))
-            tokens = model.generate(
-                **batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1, pad_token_id=coder.pad,
-                eos_token_id=coder.tokenizer.eos_token_id,
-            )  # fmt: skip
+            tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
             skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
             tokens = tokens[:, skip:].to(device)
-            out[chosen] = coder.pad
-            out[chosen, : tokens.shape[1]] = tokens
+            found.append(nn.functional.pad(tokens, (0, coder.max_target - tokens.shape[1]), value=coder.pad))
     finally:
         model.train()
+    if found:
+        out[list(itertools.chain(*batches))] = torch.cat(found)
     if world > 1:
         torch.distributed.all_reduce(out)  # what another rank fills is zero here
     if data.words:
@@ -2048,7 +2079,6 @@ def parser() -> argparse.ArgumentParser:
     add("--save", word, "file for the delta (default: beside the result)")
     add("--export", word, "folder for a plain Hugging Face checkpoint of the tuned model")
     add("--load", word, "a saved delta: evaluate it, without training")
-    p.set_defaults(pool="cls")  # until load_model asks for it no longer
     resume = "skip finished runs, continue an interrupted one"
     p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
     return p

@@ -121,7 +121,7 @@ def test_weights_that_a_checkpoint_lacks_are_the_same_in_every_run_and_are_named
         model, _, facts = apet.load_model(args, ("a", "b"))
         poolers.append(model.bert.pooler.dense.weight)
         assert "lacks bert.pooler.dense.bias, bert.pooler.dense.weight" in capsys.readouterr().err
-    assert torch.equal(*poolers) and facts["drawn at random, as the checkpoint lacks them"] == [
+    assert torch.equal(*poolers) and facts["randomly initialized, as the checkpoint lacks them"] == [
         "bert.pooler.dense.bias", "bert.pooler.dense.weight",
     ]  # fmt: skip
 

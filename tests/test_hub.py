@@ -506,15 +506,6 @@ def test_bert_reads_two_texts_as_two_segments_whatever_the_padding(world):
     assert torch.allclose(batched, expected, atol=1e-5)
 
 
-def test_a_delta_remembers_that_the_head_read_the_mean(world):
-    trained, cls = world.run(
-        *(["--model", BERT, "--task", "sst2", "--budget", "50", *pool, *SMALL] for pool in (["--pool", "mean"], []))
-    )
-    (loaded,) = world.run(["--model", BERT, "--task", "sst2", "--load", trained.result["delta"], *SMALL])
-    assert loaded.status == 0 and loaded.result["score"] == trained.result["score"]
-    assert loaded.calls[-1]["scores"] == trained.calls[-1]["scores"] != cls.calls[-1]["scores"]
-
-
 # A hub that is not as it should be ------------------------------------------------------------------------------------
 
 OF_MODEL = ["--model", "t5-large", *SMALL]
