@@ -1361,6 +1361,17 @@ def folder_revision(folder: str) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
+def model_revision(name: str) -> str:
+    """Of a local folder, or the commit of the hub that is in the cache; "?" if none is."""
+    path = find_model(name)
+    if os.path.isdir(path):
+        return folder_revision(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = re.search(r"snapshots.([0-9a-f]{40})", str(try_to_load_from_cache(path, "config.json")))
+    return found[1] if found else "?"
+
+
 def family_of(config: object) -> str:
     """seq2seq (T5), encoder (BERT: a classification head is added) or causal (BLOOM)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
@@ -1377,7 +1388,6 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     local = os.path.isdir(path)
     online = local or hub_answers()
     import transformers as hf
-    from huggingface_hub import try_to_load_from_cache
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
@@ -1419,9 +1429,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
     if not args.device_map:
         model.to(args.device)
-    found = re.search(r"snapshots.([0-9a-f]{40})", "" if local else str(try_to_load_from_cache(path, "config.json")))
-    revision = folder_revision(path) if local else found[1] if found else "?"
-    facts = {"path": args.model if local else path, "revision": revision, "family": family}
+    facts = {"path": args.model if local else path, "revision": model_revision(args.model), "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
 
 
@@ -1832,7 +1840,7 @@ def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optim
         tensors |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
     record = dict(step=0, tokens=0, train_s=0.0, eval_s=0.0, loss=[], eval=[], best={"step": 0, "score": -math.inf})
     best = {n: p.detach().to("cpu", copy=True) for n, p in params.items() if ranks()[0] == 0}
-    key = f"{run.args.name} {run.facts['revision']} {file_hash(__file__)}"
+    key = f"{run.args.name} {run.facts['revision']} {code_hash()}"
     return optimizer, {"key": key, "record": record, "best": best, "tensors": tensors}
 
 
@@ -2161,7 +2169,7 @@ def usable_device(args: argparse.Namespace) -> str:
     return "cpu" if device.type == "cpu" else name
 
 
-def runs(args: argparse.Namespace, *revisions: str | None) -> list[argparse.Namespace]:
+def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
     """The arguments of each run of the sweep, with its name; what a method does not read does not multiply it.
 
     revisions: of the data and of the model. With the arguments they make the name, so that other data is another run.
@@ -2196,21 +2204,15 @@ def run_name(args: argparse.Namespace, revisions: tuple) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
 
 
-def model_revision(name: str) -> str | None:
-    """The revision that `load_model` will find; None if the hub has to be asked."""
-    path = find_model(name)
-    if os.path.isdir(path):
-        return folder_revision(path)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(path, "config.json")
-    found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
-    return found[1] if found else None
-
-
 def file_hash(file: str) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of this file when it was first asked for; see `main`."""
+    return file_hash(__file__)
 
 
 def run_one(run: Run) -> dict:
@@ -2261,7 +2263,7 @@ def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], 
     out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
     out |= {"arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")}}
     out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
-    return out | {"apet_sha256": file_hash(__file__), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    return out | {"apet_sha256": code_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
 def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
@@ -2396,7 +2398,7 @@ def sweep(args: argparse.Namespace) -> None:
     from_rank_0(lambda: check_folders(args))
     data = load_task(args)
 
-    def look_up(revision: str | None) -> tuple[list[argparse.Namespace], list[dict | None]]:
+    def look_up(revision: str) -> tuple[list[argparse.Namespace], list[dict | None]]:
         todo = runs(args, data.about["revision"], revision)
         return todo, from_rank_0(lambda: [read_result(own) for own in todo])
 
@@ -2405,7 +2407,7 @@ def sweep(args: argparse.Namespace) -> None:
     if None in done:
         say(f"loading {args.model}")
         model, tokenizer, facts = load_model(args, data.words)
-        if (loaded := from_rank_0(lambda: facts["revision"])) != revision:  # the hub has a newer one than the cache had
+        if (loaded := from_rank_0(lambda: facts["revision"])) != revision:  # the hub had a newer one than the cache
             todo, done = look_up(loaded)
         for name, n in data.about.get("rows without text or label, dropped", {}).items():
             say(f"{args.task}: {n:,} rows of {name} have no text or no label (-1 means none) and are left out")
@@ -2467,6 +2469,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
+        code_hash()  # now, as the file may be edited while it runs
         args = check_args(parser().parse_args(argv))
         if launched()[1] > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
             torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
