@@ -835,6 +835,30 @@ def test_a_state_that_is_not_whole_or_of_another_run_is_one_line_and_the_run_sta
     assert len(only(tmp_path)["loss_curve"]) == 6 and not file.exists()
 
 
+def test_a_state_is_written_without_a_copy_of_it_in_memory(tmp_path):
+    state = {"tensors": {str(i): torch.ones(5_000_000) for i in range(6)}}  # 120 MB
+    apet.reset_peak_memory("cpu")
+    before = apet.peak_memory("cpu")
+    apet.save_state(str(tmp_path / "state"), state)
+    assert apet.peak_memory("cpu") - before < 60e6 and (tmp_path / "state").stat().st_size > 120e6
+
+
+def test_signals_that_end_a_process_are_noted_and_those_that_are_ignored_stay_ignored():
+    """nohup ignores SIGHUP; a shell, SIGINT of a job in the background."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with apet.catch_signals() as caught:
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+        assert caught == [signal.SIGTERM, signal.SIGINT] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with apet.catch_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
 def a_state():
     tensors = {"values": torch.arange(3.0), "values step": torch.tensor(1.0)}
     return {"key": "k", "record": {"step": 1, "loss": [0.5]}, "best": {"values": torch.ones(3)}, "tensors": tensors}
