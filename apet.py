@@ -948,46 +948,48 @@ def base_of(model: nn.Module) -> nn.Module:
 # Tasks: what is tuned for
 # ----------------------------------------------------------------------------------------------------------------------
 
+SPLITS, TRAIN_ONLY = ("train", "validation", "test"), ("train", None, "validation")
+
 
 class Task(NamedTuple):
     """A row of the table. Text columns and label words that are None are found in the data."""
 
     source: str  # a hub id, or a local file or folder
-    config: str | None
-    fields: tuple[str, ...] | None
-    label: str | None
-    words: tuple[str, ...] | None  # the labels in words, by label number; () for a text as target
-    metric: str  # accuracy, f1 (accuracy and F1 of label 1), rouge or squad
-    splits: tuple[str, str | None, str]  # train; picks the best step (None: a fixed part of train); is reported
+    config: str | None = None
+    fields: tuple[str, ...] | None = None
+    label: str | None = None
+    words: tuple[str, ...] | None = None  # the labels in words, by label number; () for a text as target
+    metric: str = ""  # accuracy, f1 (accuracy and F1 of label 1), rouge or squad
+    splits: tuple[str, str | None, str] = SPLITS  # train; picks the best step (None: a fixed part of train); is reported
 
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy")
-GLUE, TVT = "nyu-mll/glue", ("train", "validation", "test")
-SENTIMENT, NLI, QNLI = ("negative", "positive"), ("entailment", "neutral", "contradiction"), ("entailment", "not_entailment")
+GLUE, NQ, NEWS = "nyu-mll/glue", "google-research-datasets/nq_open", "Awesome075/multi_news_parquet"
+SENTIMENT, NLI, ENTAILED = ("negative", "positive"), ("entailment", "neutral", "contradiction"), ("entailment", "not_entailment")
 PAIR, EQUIVALENT, DUPLICATE = ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("not_duplicate", "duplicate")
 TASKS = {
-    "sst2": Task(GLUE, "sst2", ("sentence",), "label", SENTIMENT, "accuracy", ("train", None, "validation")),
+    "sst2": Task(GLUE, "sst2", ("sentence",), "label", SENTIMENT, "accuracy", TRAIN_ONLY),
     "imdb": Task("stanfordnlp/imdb", "plain_text", ("text",), "label", SENTIMENT, "accuracy", ("train", None, "test")),
-    "rotten_tomatoes": Task("cornell-movie-review-data/rotten_tomatoes", None, ("text",), "label", SENTIMENT, "accuracy", TVT),
+    "rotten_tomatoes": Task("cornell-movie-review-data/rotten_tomatoes", None, ("text",), "label", SENTIMENT, "accuracy"),
     "mnli": Task(GLUE, "mnli", ("premise", "hypothesis"), "label", NLI, "accuracy", ("train", None, "validation_matched")),
-    "qnli": Task(GLUE, "qnli", ("question", "sentence"), "label", QNLI, "accuracy", ("train", None, "validation")),
-    "rte": Task(GLUE, "rte", PAIR, "label", QNLI, "accuracy", ("train", None, "validation")),
-    "mrpc": Task(GLUE, "mrpc", PAIR, "label", EQUIVALENT, "f1", TVT),
-    "qqp": Task(GLUE, "qqp", ("question1", "question2"), "label", DUPLICATE, "f1", ("train", None, "validation")),
-    "samsum": Task("knkarthick/samsum", None, ("dialogue",), "summary", (), "rouge", TVT),
-    "multi_news": Task("alexfabbri/multi_news", None, ("document",), "summary", (), "rouge", TVT),
-    "nq_open": Task(
-        "google-research-datasets/nq_open", "nq_open", ("question",), "answer", (), "squad", ("train", None, "validation")
-    ),
-    "toy-sentiment": Task(f"{TOY}/tasks/sentiment", None, ("text",), "label", SENTIMENT, "accuracy", TVT),
-    "toy-inference": Task(f"{TOY}/tasks/inference", None, ("premise", "hypothesis"), "label", NLI, "accuracy", TVT),
-    "toy-paraphrase": Task(f"{TOY}/tasks/paraphrase", None, PAIR, "label", EQUIVALENT, "f1", TVT),
-    "toy-qa": Task(f"{TOY}/tasks/qa", None, ("context", "question"), "answer", (), "squad", TVT),
-    "toy-summary": Task(f"{TOY}/tasks/summary", None, ("document",), "summary", (), "rouge", TVT),
+    "qnli": Task(GLUE, "qnli", ("question", "sentence"), "label", ENTAILED, "accuracy", TRAIN_ONLY),
+    "rte": Task(GLUE, "rte", PAIR, "label", ENTAILED, "accuracy", TRAIN_ONLY),
+    "mrpc": Task(GLUE, "mrpc", PAIR, "label", EQUIVALENT, "f1"),
+    "qqp": Task(GLUE, "qqp", ("question1", "question2"), "label", DUPLICATE, "f1", TRAIN_ONLY),
+    "samsum": Task("knkarthick/samsum", None, ("dialogue",), "summary", (), "rouge"),
+    "multi_news": Task(NEWS, None, ("document",), "summary", (), "rouge"),  # a user's copy: alexfabbri's own needs a script
+    "nq_open": Task(NQ, "nq_open", ("question",), "answer", (), "squad", TRAIN_ONLY),
+    "toy-sentiment": Task(f"{TOY}/tasks/sentiment", None, ("text",), "label", SENTIMENT, "accuracy"),
+    "toy-inference": Task(f"{TOY}/tasks/inference", None, ("premise", "hypothesis"), "label", NLI, "accuracy"),
+    "toy-paraphrase": Task(f"{TOY}/tasks/paraphrase", None, PAIR, "label", EQUIVALENT, "f1"),
+    "toy-qa": Task(f"{TOY}/tasks/qa", None, ("context", "question"), "answer", (), "squad"),
+    "toy-summary": Task(f"{TOY}/tasks/summary", None, ("document",), "summary", (), "rouge"),
 }
 HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error of 1.6 points at most, at little cost
-NO_LABEL = (None, "", [], -1, "-1")  # -1 is how the hub says that a row has none
-FOUND_LABELS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
+NO_LABEL = ("", "nan", "-1")  # -1 is how the hub says that a row has none
+LABEL_COLUMNS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
+FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}  # of splits, in a folder
 
 
 class Example(NamedTuple):
@@ -1010,85 +1012,134 @@ class Data(NamedTuple):
 
 def load_task(args: argparse.Namespace) -> Data:
     """The three splits of a task as text. UserError for what is missing or does not fit."""
-    task = TASKS.get(args.task)
-    if task is None:
-        name, _, config = args.task.partition(":")
-        if not os.path.exists(args.task) and not HUB_ID.fullmatch(name):
-            close = difflib.get_close_matches(args.task, TASKS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(TASKS)}, a local file or folder, or namespace/name"
-            raise UserError(f"unknown task {args.task!r}: {hint}")
-        task = Task(args.task, None, None, None, None, "", TVT)
-        if not os.path.exists(args.task):
-            task = task._replace(source=name, config=config or None)
-    if args.text_fields:
-        task = task._replace(fields=tuple(args.text_fields.split(",")))
-    if args.label_field:
-        task = task._replace(label=args.label_field, words=None, metric="")
+    task = find_task(args)
     local = os.path.exists(task.source) or task.source.startswith(TOY)
-    splits, hub_words, about = read_local(task.source) if local else read_hub(task)
-    first = next(iter(splits.values()))[0]
-    label = task.label or next((name for name in FOUND_LABELS if name in first), None)
-    if label is None:
-        raise UserError(f"{task.source}: which column is the label? --label-field NAME; there are {', '.join(first)}")
-    fields = task.fields or tuple(n for n, v in first.items() if isinstance(v, str) and n not in (label, "id", "idx"))
-    for name in (*fields, label):
-        if name not in first:
-            raise UserError(f"{task.source} has no column {name!r}; there are {', '.join(first)}")
-    if not fields:
-        raise UserError(f"{task.source}: which columns are the text? --text-fields A,B; there are {', '.join(first)}")
-    named = task.words if task.words is not None else hub_words.get(label) or None
-    words = find_words(splits, label) if named is None else named
-    metric = task.metric or ("accuracy" if words else "squad" if isinstance(first[label], list) else "rouge")
-    made = {name: to_examples(rows, fields, label, words, bool(named), f"{task.source} ({name})") for name, rows in splits.items()}
-    made = {name: examples for name, examples in made.items() if examples}
-    dropped = {name: len(rows) - len(made.get(name, ())) for name, rows in splits.items()}
-    if any(dropped.values()):
-        about["rows without text or label, dropped"] = {name: n for name, n in dropped.items() if n}
-
-    def some(rows: list, size: int | None) -> tuple[list, list]:
-        """A fixed random choice of that many, and the others."""
-        if size is None or size >= len(rows):
-            return rows, []
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        return [rows[i] for i in sorted(order[:size])], [rows[i] for i in sorted(order[size:])]
-
-    def hold_out(rows: list) -> tuple[list, list]:
-        if len(rows) < 10:
-            raise UserError(f"{task.source}: {len(rows)} training examples are too few to hold some out; add a validation split")
-        return some(rows, min(HOLD_OUT, len(rows) // 10))
-
-    train, select_from = made.get("train", []), task.splits[1]
-    report_from = next((n for n in (task.splits[2], "test", "validation") if n in made), None)
-    select_from = select_from if select_from in made and select_from != report_from else None
-    report = made[report_from] if report_from else None
-    if report is None:
-        report, train = hold_out(train)
-    select = made[select_from] if select_from else []
-    if not select and train:
-        select, train = hold_out(train)
+    splits, names, about = read_local(task.source) if local else read_hub(task)
+    fields, label = find_columns(task, splits)
+    lists = any(isinstance(row.get(label), list) for rows in splits.values() for row in rows)
+    words = names.get(label) if task.words is None else task.words
+    numbered = bool(words)  # then a label may be its word's place among them
+    if words is None:
+        words = () if lists else find_words([row.get(label) for row in next(iter(splits.values()))], label)
+    metric = task.metric or ("accuracy" if words else "squad" if lists else "rouge")
+    made = {}
+    for name, rows in splits.items():
+        made[name] = to_examples(rows, fields, label, words, numbered, f"{task.source} ({name})")
+    if dropped := {name: len(rows) - len(made[name]) for name, rows in splits.items() if len(made[name]) < len(rows)}:
+        about["rows without text or label, dropped"] = dropped
+    train, select, report = choose_splits({name: examples for name, examples in made.items() if examples}, task, about)
     if not train and args.load is None and args.method != ["none"]:
         raise UserError(f"{task.source} has no training split with usable rows (it has {', '.join(splits)})")
-    about |= {"report": report_from or "held out of train", "select": select_from or "held out of train"}
-    train, select, report = (
-        some(train, args.train_size)[0],
-        some(select, args.eval_size or HOLD_OUT)[0],
-        some(report, args.eval_size)[0],
-    )
+    train, select = draw(train, args.train_size)[0], draw(select, args.eval_size or HOLD_OUT)[0]
+    report = draw(report, args.eval_size)[0]
     about["sizes"] = {"train": len(train), "select": len(select), "report": len(report)}
     return Data(args.task, words, metric, train, select, report, about)
 
 
-def find_words(splits: dict[str, list[dict]], label: str) -> tuple[str, ...]:
+def find_task(args: argparse.Namespace) -> Task:
+    """The row of the table, or a new one for a local file or folder or a data set of the hub; with the columns asked for."""
+    name, _, config = args.task.partition(":")
+    if args.task in TASKS:
+        task = TASKS[args.task]
+    elif os.path.exists(args.task):
+        task = Task(as_text(args.task, "the name of the data"))
+    elif HUB_ID.fullmatch(name):
+        task = Task(name, config or None)
+    else:
+        close = difflib.get_close_matches(args.task, TASKS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(TASKS)}, a local file or folder, or namespace/name"
+        raise UserError(f"unknown task {args.task!r}: {hint}")
+    if args.text_fields:
+        task = task._replace(fields=tuple(args.text_fields.split(",")))
+    return task._replace(label=args.label_field, words=None, metric="") if args.label_field else task
+
+
+def find_columns(task: Task, splits: dict[str, list[dict]]) -> tuple[tuple[str, ...], str]:
+    """(text columns, label column): the task's own; else those that hold text in most rows, and one of the usual names."""
+    columns = list(dict.fromkeys(name for rows in splits.values() for row in rows for name in row))
+    there, rows = f"there are {', '.join(columns)}", next(iter(splits.values()))
+    label = task.label or next((name for name in LABEL_COLUMNS if name in columns), None)
+    if label is None:
+        raise UserError(f"{task.source}: which column is the label? --label-field NAME; {there}")
+    texts = [name for name in columns if 2 * sum(isinstance(row.get(name), str) for row in rows) > len(rows)]
+    fields = task.fields or tuple(name for name in texts if name not in (label, "", "id", "idx"))
+    for name in (*fields, label):
+        if as_text(name, f"{task.source}: a column's name") not in columns:
+            raise UserError(f"{task.source} has no column {name!r}; {there}")
+    if not fields:
+        raise UserError(f"{task.source}: which columns are the text? --text-fields A,B; {there}")
+    return fields, label
+
+
+def as_text(cell: object, where: str) -> str:
+    """A cell as text: "" for None and NaN. UserError for what is neither text nor number, and for half a surrogate pair."""
+    if cell is None or cell != cell:
+        return ""
+    text = str(int(cell) if isinstance(cell, bool) else cell) if isinstance(cell, (str, int, float)) else None
+    if text is None or re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where} must be text that UTF-8 can hold, or a number (its type is {type(cell).__name__})")
+    return text
+
+
+def label_word(cell: object, where: str) -> str:
+    """The same word for "1", 1, 1.0, "1.0" and True."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", as_text(cell, where).strip())
+
+
+def find_words(cells: list, label: str) -> tuple[str, ...]:
     """Few distinct values are labels, in alphabetical order (numbers: in theirs); else (): a text is to be written."""
-    values = [row[label] for row in splits.get("train", next(iter(splits.values()))) if row.get(label) not in NO_LABEL]
-    if not values or isinstance(values[0], list):
-        return ()
-    kinds = sorted({str(v) for v in values}, key=lambda v: (not v.isdecimal(), len(v) * v.isdecimal(), v))
+    words = [word for cell in cells if (word := label_word(cell, f"the column {label!r}")) not in NO_LABEL]
+    kinds = sorted(set(words), key=lambda w: (not w.isdecimal(), len(w) * w.isdecimal(), w))
     if len(kinds) == 1:
-        raise UserError(
-            f"the column {label!r} holds one value only ({kinds[0][:50]!r}): there is nothing to learn; --label-field NAME"
-        )
-    return tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(values) // 4)) else ()
+        raise UserError(f"the column {label!r} holds one value only ({kinds[0][:50]!r}): nothing to learn; --label-field NAME")
+    if any("." in word for word in kinds) and all(re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", word) for word in kinds):
+        raise UserError(f"the column {label!r} holds real numbers: regression is not a task here; make them classes, in words")
+    return tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(words) // 4)) else ()
+
+
+def to_examples(
+    rows: list[dict], fields: tuple[str, ...], label: str, words: tuple[str, ...], numbered: bool, where: str
+) -> list[Example]:
+    """Rows in the authors' format; those in which a text is empty or no label is there are left out."""
+    out, places = [], {word: i for i, word in enumerate(words)}
+    places |= {str(i): i for i in range(len(words))} if numbered else {}
+    for number, row in enumerate(rows, 1):
+        texts = tuple(as_text(row.get(name), f"{where}, row {number}: {name}") for name in fields)
+        cells = row[label] if isinstance(row.get(label), list) else [row.get(label)]
+        answers = tuple(a for cell in cells if (a := as_text(cell, f"{where}, row {number}: {label}")).strip())
+        if not answers or not all(text.strip() for text in texts):
+            continue
+        source = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(texts) > 1 else texts[0]
+        word = label_word(answers[0], where)
+        if not words:
+            out.append(Example(texts, source, answers[0], -1, answers))
+        elif word in places:
+            out.append(Example(texts, source, words[places[word]], places[word], (words[places[word]],)))
+        elif word not in NO_LABEL:
+            raise UserError(f"{where}, row {number}: the label {word[:50]!r} is none of {', '.join(words)}")
+    return out
+
+
+def draw(examples: list, size: int | None) -> tuple[list, list]:
+    """A fixed random choice of that many, and the others."""
+    if size is None or size >= len(examples):
+        return examples, []
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    return [examples[i] for i in sorted(order[:size])], [examples[i] for i in sorted(order[size:])]
+
+
+def choose_splits(made: dict[str, list[Example]], task: Task, about: dict) -> tuple[list[Example], list[Example], list[Example]]:
+    """(train, select, report), what a task has no split for held out of train; `about` gets their names."""
+    report = next((name for name in (task.splits[2], "test", "validation") if name in made), None)
+    select = task.splits[1] if task.splits[1] in made and task.splits[1] != report else None
+    about |= {"report": report or "held out of train", "select": select or "held out of train"}
+    train, parts = made.get("train", []), [made.get(report), made.get(select)]
+    for i, part in enumerate(parts):
+        if part is None and len(train) < 10 and (train or i == 0):
+            raise UserError(f"{task.source}: {len(train)} training examples are too few to hold some out; add a validation split")
+        if part is None:
+            parts[i], train = draw(train, min(HOLD_OUT, len(train) // 10))
+    return train, parts[1], parts[0]
 
 
 def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ...]], dict]:
@@ -1102,131 +1153,91 @@ def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ..
     datasets.disable_progress_bars()
     datasets.config.HF_HUB_OFFLINE = not online  # read once, when datasets was imported
     try:
-        if task.source == "alexfabbri/multi_news":
-            return read_multi_news(online)
         builder = datasets.load_dataset_builder(task.source, task.config)
-        wanted = [s for s in dict.fromkeys((*task.splits, *TVT)) if s and s in (builder.info.splits or task.splits)]
-        if task.source in {t.source for t in TASKS.values()}:
-            wanted = [s for s in task.splits if s]
-        parts = {s: datasets.load_dataset(task.source, task.config, split=s) for s in wanted}
+        builder.download_and_prepare()
+        parts = builder.as_dataset()
     except Exception as e:  # of httpx, pyarrow and datasets, which share no class
         raise UserError(hub_trouble("the data set", task.source, online, e)) from None
-    words = {n: tuple(f.names) for n, f in next(iter(parts.values())).features.items() if isinstance(f, datasets.ClassLabel)}
-    return {s: d.to_list() for s, d in parts.items()}, words, {"revision": builder.hash}
-
-
-def read_multi_news(online: bool) -> tuple[dict[str, list[dict]], dict, dict]:
-    """Its own text files: the hub's copy holds a loading script, which datasets runs no more."""
-    from huggingface_hub import hf_hub_download
-
-    splits, revision = {}, "cache"
-    for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
-        lines = []
-        for ending in ("src.cleaned", "tgt"):
-            file = hf_hub_download(
-                "alexfabbri/multi_news", f"data/{name}.{ending}", repo_type="dataset", local_files_only=not online
-            )
-            revision = re.search(r"snapshots.([0-9a-f]{40})", file)[1]
-            with open(file, encoding="utf-8") as f:
-                lines.append([line.strip().replace("NEWLINE_CHAR", "\n") for line in f])
-        splits[split] = [{"document": d, "summary": s.removeprefix("-").strip()} for d, s in zip(*lines, strict=True)]
-    return splits, {}, {"revision": revision}
+    splits = {name: parts[name].to_list() for name in task.splits if name in parts and len(parts[name])}
+    if not splits:
+        raise UserError(f"{task.source} has no split train, validation or test with rows; it has {', '.join(parts)}")
+    features = next(iter(parts.values())).features
+    names = {column: tuple(kind.names) for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    return splits, names, {"revision": builder.hash}
 
 
 def read_local(path: str) -> tuple[dict[str, list[dict]], dict, dict]:
-    """({split: rows}, {}, facts) of a jsonl, csv, tsv or parquet file (it is `train`), or of a folder with one for each split."""
+    """({split: rows}, {}, facts) of a file (it is `train`), or of a folder with one for each split."""
     if path.startswith(TOY) and not os.path.isdir(path):
         raise UserError("the toy tasks lie in tests/toy beside apet.py, which is not there; name another --task")
+    files = {"train": path}
     if os.path.isdir(path):
-        files = {}
-        for split, names in (("train", ("train",)), ("validation", ("validation", "valid", "dev", "val")), ("test", ("test",))):
-            for name in names:
-                found = [f"{path}/{name}{e}" for e in READERS if os.path.isfile(f"{path}/{name}{e}")]
-                if found:
-                    files[split] = found[0]
-                    break
+        there = {split: [f"{path}/{n}{kind}" for n in names for kind in FILE_TYPES] for split, names in FILE_NAMES.items()}
+        files = {split: file for split, some in there.items() if (file := next(filter(os.path.isfile, some), None))}
         if not files:
-            raise UserError(f"{path} holds no train, validation or test file ({', '.join(READERS)})")
-    else:
-        if os.path.splitext(path)[1] not in READERS:
-            raise UserError(f"{path} must be a folder or a file of type {', '.join(READERS)}")
-        files = {"train": path}
-    splits = {}
+            raise UserError(f"{path} holds no train, validation or test file ({', '.join(FILE_TYPES)})")
+    elif not os.path.isfile(path) or not path.endswith(FILE_TYPES):
+        raise UserError(f"{path} must be a folder or a file of type {', '.join(FILE_TYPES)}, not a pipe or a device")
+    splits = {split: read_rows(file) for split, file in files.items()}
     for split, file in files.items():
-        try:
-            rows = READERS[os.path.splitext(file)[1]](file)
-        except (ValueError, RecursionError, csv.Error, OSError) as e:
-            raise UserError(f"can't read {file}: {e}") from None
-        if not rows:
+        if not splits[split]:
             raise UserError(f"{file} is empty: the split {split} has no rows")
+    return splits, {}, {"revision": f"sha256:{hash_files(files.values())[:16]}"}
+
+
+def read_rows(file: str) -> list[dict]:
+    """The rows of a file; whatever it holds, nothing but a UserError comes out."""
+    try:
+        if file.endswith(".parquet"):
+            from pyarrow.parquet import ParquetFile
+
+            table = ParquetFile(file).read()
+            return name_cells([table.column_names, *zip(*(c.to_pylist() for c in table.columns), strict=True)])
+        with open(file, encoding="utf-8-sig", newline="") as f:
+            if file.endswith((".csv", ".tsv")):
+                csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
+                return name_cells([row for row in csv.reader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True) if row])
+            text = f.read()
+        array = text.lstrip().startswith("[")
+        rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{file}: each row must hold named columns")
-        splits[split] = rows
-    digest = hashlib.sha256()
-    for file in files.values():
-        with open(file, "rb") as f:
-            digest.update(f.read())
-    return splits, {}, {"revision": f"sha256:{digest.hexdigest()[:16]}"}
-
-
-def read_jsonl(file: str) -> list[dict]:
-    with open(file, encoding="utf-8-sig") as f:
-        return [json.loads(line) for line in f if line.strip()]
-
-
-def read_table(file: str) -> list[dict]:
-    with open(file, encoding="utf-8-sig", newline="") as f:
-        rows = list(csv.DictReader(f, delimiter="\t" if file.endswith(".tsv") else ","))
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            what = "more" if None in row else "fewer"
-            raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
-    return rows
-
-
-def read_parquet(file: str) -> list[dict]:
-    try:
-        from pyarrow import ArrowException, parquet
+            raise ValueError("each row must hold named columns")
+        return rows
+    except UnicodeDecodeError:
+        hint = "save it as 'CSV UTF-8' in Excel, or convert it: iconv -f WINDOWS-1252 -t UTF-8"
+        raise UserError(f"can't read {file}: it is not UTF-8; {hint}") from None
     except ImportError:
-        raise UserError(f"reading {file} needs the package pyarrow: pip install pyarrow") from None
-    try:
-        return parquet.read_table(file).to_pylist()
-    except ArrowException as e:
-        raise UserError(f"can't read {file}: {e}") from None
+        raise UserError(f"reading {file} needs the package pyarrow: pip install datasets") from None
+    except Exception as e:  # of json, csv, pyarrow and the system, which share no class
+        raise UserError(f"can't read {file}: {' '.join(str(e).split())[:300]}") from None
 
 
-READERS = {".jsonl": read_jsonl, ".csv": read_table, ".tsv": read_table, ".parquet": read_parquet}
-
-
-def to_examples(
-    rows: list[dict], fields: tuple[str, ...], label: str, words: tuple[str, ...], numbered: bool, where: str
-) -> list[Example]:
-    """Rows as text, in the authors' format; rows in which a field is missing or empty are left out.
-
-    numbered: a label may be its word's place among `words`, as in the hub's class labels; else it is a word.
-    """
-    out = []
+def name_cells(table: list) -> list[dict]:
+    """Rows with named columns, of a header and rows of as many cells."""
+    header, *rows = table or [[]]
+    if len(header) == 1:
+        hint = "pandas.read_csv(FILE, sep=';').to_csv(NEW, index=False) makes commas of semicolons"
+        raise ValueError(f"its only column is {header[0]!r}; a .csv is separated by commas, a .tsv by tabs; {hint}")
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}")
     for number, row in enumerate(rows, 1):
-        values = [row.get(name) for name in fields]
-        target = row.get(label)
-        if any(v is None or not str(v).strip() for v in values) or target in NO_LABEL:
-            continue
-        texts = tuple(map(str, values))
-        source = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(texts) > 1 else texts[0]
-        if not words:
-            answers = tuple(map(str, target)) if isinstance(target, (list, tuple)) else (str(target),)
-            out.append(Example(texts, source, answers[0], -1, answers))
-            continue
-        try:
-            place = numbered and (isinstance(target, int) or str(target) not in words)
-            index = float(target) if place else words.index(str(target))
-            if index not in range(len(words)):
-                raise ValueError
-        except (ValueError, TypeError):
-            raise UserError(f"{where}, row {number}: the label {target!r} is none of {', '.join(words)}") from None
-        index = int(index)
-        out.append(Example(texts, source, words[index], index, (words[index],)))
-    return out
+        if len(row) != len(header):
+            what = "more" if len(row) > len(header) else "fewer"
+            raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def hash_files(files: Iterable[str], ends: int | None = None) -> str:
+    """SHA-256 of the files' bytes; with `ends`, of their sizes and of that many bytes at either end alone."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            digest.update(f.read(ends))
+            if ends:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(ends, size - ends))
+                digest.update(f"{size}".encode() + f.read())
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1236,15 +1247,14 @@ def to_examples(
 
 def measure(metric: str, predictions: list, examples: list[Example]) -> dict[str, float]:
     """Scores in 0 to 1; the first is the one that is reported. Predictions: label numbers, or texts."""
+    pairs = list(zip(predictions, examples, strict=True))
     if metric in ("accuracy", "f1"):
-        truth = [e.label for e in examples]
-        scores = {"accuracy": sum(p == t for p, t in zip(predictions, truth, strict=True)) / len(truth)}
+        scores = {"accuracy": sum(p == e.label for p, e in pairs) / len(pairs)}
         if metric == "f1":
-            hits = sum(p == t == 1 for p, t in zip(predictions, truth, strict=True))
-            scores["f1"] = 2 * hits / max(1, sum(p == 1 for p in predictions) + sum(t == 1 for t in truth))
+            hits = sum(p == e.label == 1 for p, e in pairs)
+            scores["f1"] = 2 * hits / max(1, sum((p == 1) + (e.label == 1) for p, e in pairs))
         return scores
     if metric == "squad":
-        pairs = list(zip(predictions, examples, strict=True))
         return {
             "f1": sum(max(squad_f1(p, a) for a in e.answers) for p, e in pairs) / len(pairs),
             "exact": sum(any(squad_words(p) == squad_words(a) for a in e.answers) for p, e in pairs) / len(pairs),
@@ -1254,7 +1264,7 @@ def measure(metric: str, predictions: list, examples: list[Example]) -> dict[str
     except ImportError:
         raise UserError("ROUGE needs the package rouge-score: pip install rouge-score") from None
     scorer = RougeScorer(["rougeL", "rouge1", "rouge2"], use_stemmer=True)
-    scores = [scorer.score(e.answers[0], p) for p, e in zip(predictions, examples, strict=True)]
+    scores = [scorer.score(e.answers[0], p) for p, e in pairs]
     return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ("rougeL", "rouge1", "rouge2")}
 
 
@@ -1267,22 +1277,19 @@ def squad_words(text: str) -> list[str]:
 def squad_f1(prediction: str, answer: str) -> float:
     """SQuAD's F1 of the words of two texts."""
     p, a = squad_words(prediction), squad_words(answer)
-    if not p or not a:
-        return float(p == a)
-    common = sum((Counter(p) & Counter(a)).values())
-    return 2 * common / (len(p) + len(a))
+    common = (Counter(p) & Counter(a)).total()
+    return 2 * common / (len(p) + len(a)) if p and a else float(p == a)
 
 
 def baselines(data: Data) -> dict[str, float]:
     """The score without reading the input: a random guess, and training's most frequent target, always."""
-    most = Counter(e.target for e in data.train or data.report).most_common(1)[0][0]
+    pool, pick = [e.target for e in data.train or data.report], random.Random(0)
+    constant = Counter(pool).most_common(1)[0][0]
+    guesses = {"random_guess": [pick.choice(pool) for _ in data.report], "majority": [constant] * len(data.report)}
     if data.words:
-        majority = measure(data.metric, [data.words.index(most)] * len(data.report), data.report)
-        return {"random_guess": 1 / len(data.words), "majority": next(iter(majority.values()))}
-    pool, pick = data.train or data.report, random.Random(0)
-    guess = measure(data.metric, [pick.choice(pool).target for _ in data.report], data.report)
-    majority = measure(data.metric, [most] * len(data.report), data.report)
-    return {"random_guess": next(iter(guess.values())), "majority": next(iter(majority.values()))}
+        guesses = {name: [data.words.index(word) for word in said] for name, said in guesses.items()}
+    scores = {name: next(iter(measure(data.metric, said, data.report).values())) for name, said in guesses.items()}
+    return scores | ({"random_guess": 1 / len(data.words)} if data.words else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

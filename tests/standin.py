@@ -405,15 +405,15 @@ def fill_data(root: Path) -> None:
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([["id", "dialogue", "summary"], *rows])
 
-    # multi_news lies there as text; its loading script leaves a trace if somebody runs it
+    # multi_news itself holds a loading script, which leaves a trace if somebody runs it; a user's copy holds parquet
     folder = root / "alexfabbri/multi_news"
-    (folder / "data").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "multi_news.py").write_text('import os, datasets\nopen(os.environ["STANDIN_TRACE"], "w").close()\n')
-    (folder / "README.md").write_text("---\nlicense: other\n---\n")
-    for i, (split, n) in enumerate({"train": TRAIN, "val": EVALUATION, "test": TEST}.items()):
-        documents = [f"{a} NEWLINE_CHAR {b} ||||| {a}" for a, b in zip(texts(n, 70 + i), texts(n, 75 + i), strict=True)]
-        (folder / f"data/{split}.src.cleaned").write_text("".join(d + " \n" for d in documents), encoding="utf-8")
-        (folder / f"data/{split}.tgt").write_text("".join(f"- {t}\n" for t in texts(n, 80 + i)))
+    splits = {}
+    for i, (split, n) in enumerate(sizes.items()):
+        documents = [f"{a} \n {b} ||||| {a}" for a, b in zip(texts(n, 70 + i), texts(n, 75 + i), strict=True)]
+        splits[split] = {"document": documents, "summary": texts(n, 80 + i)}
+    parquet_repo(root / "Awesome075/multi_news_parquet", [("default", None, "data/{}-00000-of-00001.parquet", splits)])
 
 
 def parquet_repo(folder: Path, configs: Iterable[tuple[str, tuple[str, ...] | None, str, dict[str, dict[str, list]]]]) -> None:

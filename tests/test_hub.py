@@ -116,7 +116,7 @@ DATA = {
     "imdb": "stanfordnlp/imdb",
     "rotten_tomatoes": "cornell-movie-review-data/rotten_tomatoes",
     "samsum": "knkarthick/samsum",
-    "multi_news": "alexfabbri/multi_news",
+    "multi_news": "Awesome075/multi_news_parquet",
     "nq_open": "google-research-datasets/nq_open",
 }
 SMALL = ["--steps", "2", "--eval-every", "2", "--train-size", "8", "--eval-size", "6", "--batch-size", "4",
@@ -258,6 +258,8 @@ def test_the_result_records_the_commits_of_the_model_and_of_the_data(world, cell
 
 
 def test_no_loading_script_was_run(world, cells):
+    (outcome,) = world.run(["--model", T5, "--task", "alexfabbri/multi_news", *SMALL])
+    refused(outcome, "the data set alexfabbri/multi_news", "scripts are no longer supported")
     assert cells[T5, "multi_news"].status == 0 and not Path(world.environment["STANDIN_TRACE"]).exists()
 
 
