@@ -1455,9 +1455,8 @@ def check_length(args: argparse.Namespace, base: nn.Module) -> None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
     prompt = "prompt" in (*args.method, *args.insert)
-    room = longest - prompt * PROMPT_TOKENS
+    taken, room = f", of which the prompt takes {PROMPT_TOKENS}" * prompt, longest - prompt * PROMPT_TOKENS
     if args.max_source_length > room:
-        taken = f", of which the prompt takes {PROMPT_TOKENS}" * prompt
         right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
         raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
 
@@ -1477,6 +1476,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 
 CHARACTERS = 100  # of a token at most: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
 LOGITS = 1 << 26  # at a time, of which the loss makes copies in fp32 (256 MB each)
+signature = functools.cache(inspect.signature)  # which takes as long as ten layers
 
 
 class Coder:
@@ -1560,7 +1560,7 @@ def to_device(tensor: Tensor, device: object) -> Tensor:
 
 def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor], **encoded: object) -> Tensor:
     """(batch, places): log-probability, in fp32, of each label of the batch; 0 where it is -100."""
-    batch, accepted = dict(batch), _forward_arguments(type(model))
+    batch, accepted = dict(batch), signature(type(model).forward).parameters
     labels = batch.pop("labels")  # not the model's business: it would compute a loss of its own
     places = labels.shape[1]
     if "use_cache" in accepted:
@@ -1584,15 +1584,10 @@ def _rows_logp(logits: Tensor, labels: Tensor) -> Tensor:
     rows = max(1, LOGITS // logits.shape[1])
     if len(logits) <= rows:
         return -nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
-    from torch.utils.checkpoint import checkpoint as later  # computed again when the gradient is
+    from torch.utils.checkpoint import checkpoint as recomputed  # in backward
 
     parts = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([later(_rows_logp, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
-
-
-@functools.cache
-def _forward_arguments(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+    return torch.cat([recomputed(_rows_logp, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def loss_sum(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
