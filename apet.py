@@ -2198,7 +2198,7 @@ def run_name(args: argparse.Namespace, revisions: tuple) -> str:
     unread |= {"steps", "eval_every", "batch_size", "grad_accum", "dropout"} if args.load else set()
     read = {k: v for k, v in sorted(vars(args).items()) if k not in unread} | {"revisions": revisions}
     if args.load:  # another delta under the same name is another run
-        read["load"] = file_hash(args.load)
+        read["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
     parts = [args.model, args.task, "loaded" if args.load else args.method]
     parts += [f"{args.mask}-{args.budget}-p{args.mask_seed}"] if args.mask else []
     parts += [f"s{args.seed}"] if args.seed is not None and args.method != "none" else []
@@ -2206,15 +2206,10 @@ def run_name(args: argparse.Namespace, revisions: tuple) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
 
 
-def file_hash(file: str) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 @functools.cache
 def code_hash() -> str:
     """Of this file when it was first asked for; see `main`."""
-    return file_hash(__file__)
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def run_one(run: Run) -> dict:
@@ -2280,8 +2275,7 @@ def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
         else:
             save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
     write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{file}.state")
+    Path(f"{file}.state").unlink(missing_ok=True)
     if args.export:
         export(run)
 
@@ -2387,12 +2381,10 @@ def check_folders(args: argparse.Namespace) -> None:
             os.makedirs(folder, exist_ok=True)
         except OSError as e:
             raise UserError(f"can't make the folder {folder}: {e.strerror}") from None
-    names = [os.path.join(args.out, own.name + ".safetensors") for own in runs(args)]
-    for file in (max(names, key=len), args.save, args.export and os.path.join(args.export, "model.safetensors")):
-        if file:
-            write_file(f"{file}~", lambda temporary: Path(temporary).touch())
-            with contextlib.suppress(FileNotFoundError):  # another process of the same command was faster
-                os.unlink(f"{file}~")
+    first = os.path.join(args.out, f"{runs(args)[0].name}.safetensors")
+    for file in filter(None, (first, args.save, args.export and os.path.join(args.export, "model.safetensors"))):
+        write_file(f"{file}.check", lambda temporary: Path(temporary).touch())
+        Path(f"{file}.check").unlink(missing_ok=True)  # another process of the same command may have been faster
 
 
 def sweep(args: argparse.Namespace) -> None:
