@@ -1853,6 +1853,8 @@ def save_state(file: str, state: dict) -> None:
 
     if ranks()[0] == 0:
         write_file(file, write)
+    if ranks()[1] > 1:
+        torch.distributed.barrier()  # torchrun ends all processes once one has ended
 
 
 def load_state(file: str, state: dict) -> bool:
@@ -1884,12 +1886,13 @@ def load_state(file: str, state: dict) -> bool:
         state["record"].update(record)
         state["best"].update(found["best"] if found else {})
         fill_from_rank_0(state["tensors"], found["tensors"] if found else {})
+        say(f"continuing at step {record['step']}")
     return bool(record)
 
 
-def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, step: int) -> tuple[Tensor, int]:
-    """One step of the optimizer: (mean loss per target token, still on the device; number of tokens)."""
-    args, coder, (rank, world) = run.args, run.coder, ranks()
+def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record: dict) -> Tensor:
+    """One step of the optimizer, counted in the record. Returns the mean loss per target token, still on the device."""
+    args, coder, step, (rank, world) = run.args, run.coder, record["step"], ranks()
     torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # dropout, too, depends on its place alone
     chosen = [run.data.train[i] for i in batch_at(step, args.batch_size, len(run.data.train), args.seed)]
     chosen.sort(key=lambda e: len(coder.source(e)))  # micro-batches of like length: less padding
@@ -1910,7 +1913,9 @@ def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, step: i
     optimizer.step()
     optimizer.zero_grad()
     tuned.write()
-    return loss, count + sum(len(coder.source(e)) for e in chosen)
+    record["tokens"] += count + sum(len(coder.source(e)) for e in chosen)
+    record["step"] += 1
+    return loss
 
 
 def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
@@ -1951,16 +1956,12 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
 
     if args.resume and load_state(state_file, state):
         tuned.write()
-        say(f"continuing at step {record['step']}")
     else:
         evaluate()
     options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
     with catch_signals() as caught, tqdm(**options, disable=ranks()[0] > 0) as bar:
         while record["step"] < args.steps:
-            loss, tokens = train_step(run, tuned, optimizer, record["step"])
-            waiting.append(loss)
-            record["step"] += 1
-            record["tokens"] += tokens
+            waiting.append(train_step(run, tuned, optimizer, record))
             due = record["step"] % args.eval_every == 0 and record["step"] < args.steps
             if due or record["step"] == args.steps:
                 evaluate()
@@ -1969,8 +1970,6 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
                 look()
                 save_state(state_file, state)
             if stop:
-                if ranks()[1] > 1:
-                    torch.distributed.barrier()  # torchrun ends all processes once one has ended
                 raise Interrupted(caught[0] if caught else signal.SIGTERM, record["step"])
             if time.perf_counter() - clock > 0.5:
                 look()

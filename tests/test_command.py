@@ -795,9 +795,9 @@ def test_nothing_waits_for_the_device_inside_a_step(tmp_path, monkeypatch, metho
 def test_a_loss_that_is_not_finite_is_found_at_the_next_look_and_never_saved(tmp_path, monkeypatch, capsys):
     original = apet.train_step
 
-    def step(run, tuned, optimizer, number):
-        loss, tokens = original(run, tuned, optimizer, number)
-        return (loss * math.nan if number == 3 else loss), tokens
+    def step(run, tuned, optimizer, record):
+        loss = original(run, tuned, optimizer, record)
+        return loss * math.nan if record["step"] == 4 else loss
 
     monkeypatch.setattr(apet, "train_step", step)
     assert apet.main([*SMALL, "--budget", "100", "--steps", "12", "--eval-every", "6", "--out", str(tmp_path)]) == 2
