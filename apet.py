@@ -827,7 +827,6 @@ def write_file(file: str | os.PathLike, write: Callable[[str], object]) -> None:
 # The other methods of the paper
 # ----------------------------------------------------------------------------------------------------------------------
 
-import binascii
 import csv
 import hashlib
 import http.client
@@ -835,16 +834,17 @@ import inspect
 import itertools
 import platform
 import random
-import resource
 import signal
 import string
 import sys
-import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
+import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -1345,7 +1345,7 @@ SHORT |= {  # Turc et al., 2019
     f"bert-{size}": f"google/bert_uncased_L-{layers}_H-{width}_A-{width // 64}"
     for size, layers, width in (("tiny", 2, 128), ("mini", 4, 256), ("small", 4, 512), ("medium", 8, 512))
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def find_model(name: str) -> str:
@@ -1384,6 +1384,8 @@ def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
     """One line for what went wrong between us and the hub."""
     if not online:
         return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
+    if "trust_remote_code" in str(error):
+        return f"{what} {name} brings code of its own (auto_map in its config.json), which is never run; take one that needs none"
     hidden = any(text in str(error) for text in ("Can't load the", "while generating"))  # what is wrong then stands in its cause
     cause = (error.__cause__ or error.__context__) if hidden else None
     return f"can't load {what} {name}: {' '.join(str(cause or error).split())[:300]}"
@@ -1393,7 +1395,7 @@ def folder_revision(folder: str) -> str:
     """Of a local model: from the sizes and the ends of its files, as reading all of a large one takes minutes."""
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
-        if name.endswith((".json", ".safetensors", ".bin", ".model")):
+        if name.endswith((".json", ".safetensors", ".bin", ".model", ".txt")):
             with open(os.path.join(folder, name), "rb") as f:
                 size = f.seek(0, os.SEEK_END)
                 digest.update(f"{name} {size} ".encode())
@@ -1401,6 +1403,17 @@ def folder_revision(folder: str) -> str:
                     f.seek(start)
                     digest.update(f.read(1 << 20))
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def model_revision(name: str) -> str:
+    """Of a local folder, or the commit of the hub that is in the cache; "?" if none is."""
+    path = find_model(name)
+    if os.path.isdir(path):
+        return folder_revision(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = re.search(r"snapshots.([0-9a-f]{40})", str(try_to_load_from_cache(path, "config.json")))
+    return found[1] if found else "?"
 
 
 def family_of(config: object) -> str:
@@ -1416,91 +1429,91 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     """(model in training mode, tokenizer, facts for the result). UserError if it can't be had."""
     path = find_model(args.model)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
-    online = os.path.isdir(path) or hub_answers()
+    local = os.path.isdir(path)
+    online = local or hub_answers()
     import transformers as hf
-    from huggingface_hub import try_to_load_from_cache
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
     try:
-        config = hf.AutoConfig.from_pretrained(path)
+        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False)  # the default asks on stdin
         family = family_of(config)
         if family == "encoder" and not words:
             raise UserError(f"{args.model} is an encoder: it can classify, but not write the text that {args.task} asks for")
-        tokenizer = hf.AutoTokenizer.from_pretrained(path, padding_side="left" if family == "causal" else "right")
-        auto = {
-            "seq2seq": hf.AutoModelForSeq2SeqLM,
-            "encoder": hf.AutoModelForSequenceClassification,
-            "causal": hf.AutoModelForCausalLM,
-        }
-        more = {"num_labels": len(words)} if family == "encoder" else {}
-        more |= {"device_map": args.device_map} if args.device_map else {}
+        tokenizer = hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        check_tokenizer(args.model, tokenizer, family)
+        more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
+        if family == "encoder":  # its head is made anew, for these labels
+            more |= {"num_labels": len(words), "ignore_mismatched_sizes": True}
+        kind = {"seq2seq": "Seq2SeqLM", "encoder": "SequenceClassification", "causal": "CausalLM"}[family]
         torch.manual_seed(0)  # for weights that the checkpoint lacks
-        model, loaded = auto[family].from_pretrained(path, dtype=DTYPES[args.dtype], output_loading_info=True, **more)
+        model, loaded = getattr(hf, f"AutoModelFor{kind}").from_pretrained(path, output_loading_info=True, **more)
     except UserError:
         raise
     except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
         raise UserError(hub_trouble("the model", path, online, e)) from None
-    base = {id(p) for p in base_of(model).parameters()}
-    made = sorted(n for n in loaded["missing_keys"] if id(dict(model.named_parameters()).get(n)) in base)
-    if made and not (args.pool == "mean" and all("pooler" in n for n in made)):
-        hint = "; --pool mean reads the last hidden states instead" if all("pooler" in n for n in made) else ""
-        say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: drawn at random, always the same{hint}")
-    if not args.device_map:
-        model.to(args.device)
-    if args.pool == "mean":
-        pool_mean(model)
-    longest, prompt = getattr(config, "max_position_embeddings", None), "prompt" in (*args.method, *args.insert)
-    if family == "encoder" and longest and args.max_source_length + prompt * PROMPT_TOKENS > longest:
-        room = longest - prompt * PROMPT_TOKENS
-        raise UserError(
-            f"{args.model} reads {longest} tokens at most{', 100 of them the prompt' * prompt}: --max-source-length {room}"
-        )
+    inside = {id(p) for p in base_of(model).parameters()}
+    base = {n for n, p in model.named_parameters() if id(p) in inside}
+    if wrong := base & {entry[0] for entry in loaded["mismatched_keys"]}:
+        raise UserError(f"{args.model}: {min(wrong)} has another shape in the checkpoint than by config.json")
+    if made := sorted(base & set(loaded["missing_keys"])):
+        say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: randomly initialized, always the same")
+    tokenizer.rows = len(model.get_input_embeddings().weight)  # for Coder, which refuses tokens beyond
+    if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+    if family == "encoder":
+        check_length(args, base_of(model))
+    else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
+        own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
+        given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
+        model.generation_config = hf.GenerationConfig(**own)
+        if family == "seq2seq":
+            model.generation_config.decoder_start_token_id = next(i for i in given if i is not None)
     if args.export and "bitfit" in args.method and not own_biases(base_of(model)):
         raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
-    cached = None if os.path.isdir(path) else try_to_load_from_cache(path, "config.json")
-    found = re.search(r"snapshots.([0-9a-f]{40})", cached) if isinstance(cached, str) else None
-    return (
-        model.train(),
-        tokenizer,
-        {
-            "path": args.model if os.path.isdir(path) else path,
-            "revision": found[1] if found else folder_revision(path) if os.path.isdir(path) else "?",
-            "family": family,
-            **({"drawn at random, as the checkpoint lacks them": made} if made else {}),
-        },
-    )
+    if not args.device_map:
+        model.to(args.device)
+    facts = {"path": args.model if local else path, "revision": model_revision(args.model), "family": family}
+    return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
 
 
-def pool_mean(model: nn.Module) -> None:
-    """Let the classification head read the mean of the text's last hidden states in place of the pooler's output."""
-    base, mask = base_of(model), {}
-    pooler = getattr(base, "pooler", None)
-    if pooler is None or isinstance(pooler, nn.Linear):
-        raise UserError(f"--pool mean: {type(model).__name__} has no pooler in whose place the mean could go")
+def check_tokenizer(name: str, tokenizer: object, family: str) -> None:
+    """UserError for a tokenizer that knows no words (what transformers makes up where there is none) or ends no text."""
+    if not re.search(r"\w", tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)):
+        raise UserError(f"{name} has no tokenizer, or one that knows no words: tokenizer.json belongs beside config.json")
+    if family != "encoder" and tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token (eos_token), which ends every text to be written")
 
-    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask["now"] = kwargs["attention_mask"][..., None]
 
-    def mean(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        here = mask["now"].to(args[0])
-        return (args[0] * here).sum(1) / here.sum(1)
-
-    base.register_forward_pre_hook(remember, with_kwargs=True)
-    pooler.register_forward_hook(mean)
+def check_length(args: argparse.Namespace, base: nn.Module) -> None:
+    """UserError if an encoder has fewer places than --max-source-length and a soft prompt ask for."""
+    longest = getattr(base.config, "max_position_embeddings", None) or math.inf
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
+    prompt = "prompt" in (*args.method, *args.insert)
+    taken, room = f", of which the prompt takes {PROMPT_TOKENS}" * prompt, longest - prompt * PROMPT_TOKENS
+    if args.max_source_length > room:
+        right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
+        raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Every dropout rate of a model, those kept as plain numbers for functional calls included."""
+    """Every dropout rate of a model, those kept as plain numbers for functional calls included (but not OPT's `layerdrop`)."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if ("drop" in name and isinstance(value, float)) or (isinstance(module, nn.Dropout) and name == "p"):
+            functional = re.search("dropout|pdrop", name) and type(value) in (int, float)
+            if functional or (isinstance(module, nn.Dropout) and name == "p"):
                 setattr(module, name, rate)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches and scores
 # ----------------------------------------------------------------------------------------------------------------------
+
+CHARACTERS = 100  # of a token at most: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
+LOGITS = 1 << 26  # at a time, of which the loss makes copies in fp32 (256 MB each)
+signature = functools.cache(inspect.signature)  # which takes as long as ten layers
 
 
 class Coder:
@@ -1512,84 +1525,106 @@ class Coder:
 
     def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
-        self.seen: dict[tuple[str, ...] | str, list[int]] = {}
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.rows = getattr(tokenizer, "rows", math.inf)  # of the model's embedding, as load_model found them
+        self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < self.rows)
+        self.source, self.written = functools.cache(self.source), functools.cache(self.written)
+
+    def encode(self, *texts: str, **options: object) -> list[int]:
+        """Token ids; UserError for one that the model has no embedding for."""
+        ids = self.tokenizer(*texts, **options).input_ids
+        if beyond := [i for i in ids if i >= self.rows]:
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise UserError(f"the tokenizer's {token!r} (number {beyond[0]}) is beyond the model's {self.rows:,} embeddings")
+        return ids
 
     def source(self, example: Example) -> list[int]:
         """Too long a text is cut at its end, not the closing `Output:`."""
-        if example.texts not in self.seen:
-            self.seen[example.texts] = self._source(example)
-        return self.seen[example.texts]
-
-    def _source(self, example: Example) -> list[int]:
+        longest = self.max_source * CHARACTERS
         if self.family == "encoder":
             texts = example.texts if len(example.texts) == 2 else (example.source,)
-            return self.tokenizer(*texts, truncation=True, max_length=self.max_source).input_ids
+            return self.encode(*(t[:longest] for t in texts), truncation=True, max_length=self.max_source)
         special = self.family == "seq2seq" or self.tokenizer.bos_token_id is not None
-        ids = self.tokenizer(f"Input: {example.source} Output:", add_special_tokens=special).input_ids
-        ending = "Output:" if self.family == "seq2seq" else " Output:"
+        text = f"Input: {example.source[:longest]}"
+        ids = self.encode(f"{text} Output:", add_special_tokens=special)
         if len(ids) > self.max_source:
-            end = self.tokenizer(ending, add_special_tokens=False).input_ids + ids[-1:] * (self.family == "seq2seq")
-            start = self.tokenizer(f"Input: {example.source}", add_special_tokens=special).input_ids
-            ids = start[: self.max_source - len(end)] + end
+            ending = "Output:" if self.family == "seq2seq" else " Output:"
+            end = self.encode(ending, add_special_tokens=False) + ids[-1:] * (self.family == "seq2seq")
+            ids = self.encode(text, add_special_tokens=special)[: self.max_source - len(end)] + end
         return ids
 
     def target(self, example: Example) -> list[int]:
         return [example.label] if self.family == "encoder" else self.written(example.target)
 
     def written(self, text: str) -> list[int]:
-        """Ids of a text to be written; they end in the end-of-sequence token, when cut, too."""
-        if text not in self.seen:
-            spaced = text if self.family == "seq2seq" else f" {text}"
-            ids = self.tokenizer(text_target=spaced, add_special_tokens=False).input_ids[: self.max_target - 1]
-            self.seen[text] = [*ids, self.tokenizer.eos_token_id]
-        return self.seen[text]
+        """What the tokenizer makes of a text to be written (BART: <s> first); it ends in the end of sequence, when cut, too."""
+        special, end = self.family == "seq2seq", self.tokenizer.eos_token_id
+        cut = (text if special else f" {text}")[: self.max_target * CHARACTERS]
+        ids = self.encode(text_target=cut, add_special_tokens=special)
+        ids = ids[:-1] if special and ids[-1] == end else ids
+        return [*ids[: self.max_target - 1], end]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
-        """input_ids and attention_mask (batch, longest); with targets, labels: -100 where nothing is to be learnt."""
+        """input_ids and attention_mask (batch, longest); with targets, labels (batch, longest): -100 where nothing is to be learnt.
+
+        causal: the labels belong to the last places. The last token of a target, which predicts nothing, is not among the inputs.
+        """
 
         def pad(rows: list[list[int]], value: int) -> Tensor:
             width = max(map(len, rows))
             fill = [[value] * (width - len(row)) for row in rows]
             left = self.family == "causal"
-            return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)], device=device)
+            return to_device(torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)]), device)
 
-        labels = targets
+        rows = sources
         if self.family == "causal" and targets is not None:
-            labels = [[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)]
-            sources = [s + t for s, t in zip(sources, targets, strict=True)]
-        out = {"input_ids": pad(sources, self.pad), "attention_mask": pad([[1] * len(s) for s in sources], 0)}
-        if self.family == "encoder" and len(sources) and "token_type_ids" in self.tokenizer.model_input_names:
-            first = [s.index(self.tokenizer.sep_token_id) + 1 for s in sources]  # the second segment comes after the separator
+            rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)]
+        out = {"input_ids": pad(rows, self.pad), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
+        if self.family == "encoder" and "token_type_ids" in self.tokenizer.model_input_names:
+            sep = self.tokenizer.sep_token_id  # the second segment comes after it
+            first = [s.index(sep) + 1 if sep in s else len(s) for s in sources]
             out["token_type_ids"] = pad([[0] * n + [1] * (len(s) - n) for n, s in zip(first, sources, strict=True)], 0)
-        if labels is not None:
-            out["labels"] = pad(labels, -100)
+        if targets is not None:
+            out["labels"] = pad(targets, -100)
         return out
+
+
+def to_device(tensor: Tensor, device: object) -> Tensor:
+    """From the CPU, without waiting for a GPU to be done with what it does."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor], **encoded: object) -> Tensor:
     """(batch, places): log-probability, in fp32, of each label of the batch; 0 where it is -100."""
-    batch, labels = dict(batch), batch["labels"]
-    if coder.family == "causal":
-        del batch["labels"]
-        labels = labels[:, int((labels != -100).any(0).int().argmax()) :]  # targets end the rows: the rest has no label
-        accepted = _forward_arguments(type(model))
-        keep = labels.shape[1] + 1
+    batch, accepted = dict(batch), signature(type(model).forward).parameters
+    labels = batch.pop("labels")  # not the model's business: it would compute a loss of its own
+    places = labels.shape[1]
+    if "use_cache" in accepted:
+        batch["use_cache"] = False  # it would copy keys and values
+    if coder.family == "seq2seq":
+        before = torch.full_like(labels, model.generation_config.decoder_start_token_id)
+        before[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, coder.pad)
+        batch["decoder_input_ids"] = before
+    elif coder.family == "causal":
         if "position_ids" in accepted:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
         if "logits_to_keep" in accepted:
-            batch["logits_to_keep"] = keep  # a vocabulary of 250,000 at every source token would not fit
-        logits = model(**batch).logits[:, -keep:-1]
-    else:
-        logits = model(**batch, **encoded).logits
-        logits = logits[:, None] if coder.family == "encoder" else logits
-    labels = labels.to(logits.device)
-    return -nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+            batch["logits_to_keep"] = places  # a vocabulary of 250,000 at every source token would not fit
+    logits = model(**batch, **encoded).logits
+    logits = logits[:, None] if coder.family == "encoder" else logits[:, -places:]
+    return _rows_logp(logits.flatten(0, 1), labels.flatten().to(logits.device)).view(labels.shape)
 
 
-@functools.cache
-def _forward_arguments(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _rows_logp(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each row's label. Many logits are taken in parts, so that none but a part is ever copied in fp32."""
+    rows = max(1, LOGITS // logits.shape[1])
+    if len(logits) <= rows:
+        return -nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
+    from torch.utils.checkpoint import checkpoint as recomputed  # in backward
+
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    return torch.cat([recomputed(_rows_logp, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def loss_sum(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
@@ -1602,13 +1637,13 @@ def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words
     """(batch, labels): log-likelihood of each label's tokens, end of sequence included, given the source."""
     if coder.family == "encoder":
         return model(**add_prompt(model, coder.batch(sources, None, device))).logits.float()
-    targets, scores, encoded = [coder.written(word) for word in words], [], {}
+    scores, encoded = [], {}
     if coder.family == "seq2seq":  # the source is encoded once for all labels
         source = add_prompt(model, coder.batch(sources, None, device))
         encoded = {"encoder_outputs": model.get_encoder()(**source)}
-    for target in targets:
+    for target in map(coder.written, words):
         if encoded:
-            labels = torch.tensor([target] * len(sources), device=device)
+            labels = to_device(torch.tensor([target]), device).expand(len(sources), -1)
             batch = {"attention_mask": source["attention_mask"], "labels": labels}
         else:
             batch = add_prompt(model, coder.batch(sources, [target] * len(sources), device))
@@ -1621,26 +1656,25 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
     """Label numbers, or texts by greedy decoding, in the order of `examples`; batches hold sources of like length."""
     rank, world = ranks()
     order = sorted(range(len(examples)), key=lambda i: (len(coder.source(examples[i])), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
     out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found = []  # stays on the device until all is computed
     model.eval()
     try:
-        for chosen in batches[rank::world]:
+        for chosen in batches:
             sources = [coder.source(examples[i]) for i in chosen]
             if data.words:
-                out[chosen, 0] = label_scores(model, coder, sources, data.words, device).argmax(1).to(device)
+                found.append(label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True).to(device))
                 continue
             batch = add_prompt(model, coder.batch(sources, None, device))
-            tokens = model.generate(
-                **batch, max_new_tokens=coder.max_target, do_sample=False, num_beams=1, pad_token_id=coder.pad,
-                eos_token_id=coder.tokenizer.eos_token_id,
-            )  # fmt: skip
+            tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
             skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
             tokens = tokens[:, skip:].to(device)
-            out[chosen] = coder.pad
-            out[chosen, : tokens.shape[1]] = tokens
+            found.append(nn.functional.pad(tokens, (0, coder.max_target - tokens.shape[1]), value=coder.pad))
     finally:
         model.train()
+    if found:
+        out[list(itertools.chain(*batches))] = torch.cat(found)
     if world > 1:
         torch.distributed.all_reduce(out)  # what another rank fills is zero here
     if data.words:
@@ -1653,6 +1687,16 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Run(NamedTuple):
+    """What a sweep loads once, and the arguments of one of its runs."""
+
+    model: nn.Module
+    coder: Coder
+    data: Data
+    facts: dict  # about the model, for the result
+    args: argparse.Namespace
+
+
 class Tuned(NamedTuple):
     """What a method trains: fp32 parameters, how they get into the model, and how the model gets back to before."""
 
@@ -1662,6 +1706,10 @@ class Tuned(NamedTuple):
     apet: APET | None
     inserted: dict[str, nn.Parameter]  # the new weights of the method, or among which APET chose
     head: dict[str, nn.Parameter]  # the classification head, trained (then in `params`, too) or not
+
+    def size(self) -> int:
+        """Tuned scalars, the head apart."""
+        return sum(p.numel() for n, p in self.params.items() if n not in self.head)
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = None) -> Tuned:
@@ -1715,23 +1763,20 @@ def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = N
 def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], Callable[[], None], Callable[[], None]]:
     """(fp32 parameters to train, write, undo) for whole tensors: in half precision their own small steps would vanish."""
     original = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
-    masters, handles = {}, []
-    for name, p in params.items():
-        p.requires_grad_(True)
-        masters[name] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-        if masters[name] is not p:
+    masters = {n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in params.items()}
+    pairs = [(masters[n], p.requires_grad_(True)) for n, p in params.items()]
+    copied = [(master, p) for master, p in pairs if master is not p]
 
-            def move(p: nn.Parameter, master: nn.Parameter = masters[name]) -> None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
+    def move(master: nn.Parameter, p: nn.Parameter) -> None:
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
 
-            handles.append(p.register_post_accumulate_grad_hook(move))
+    handles = [p.register_post_accumulate_grad_hook(functools.partial(move, master)) for master, p in copied]
 
     @torch.no_grad()
     def write() -> None:
-        for name, p in params.items():
-            if masters[name] is not p:
-                p.copy_(masters[name])
+        for master, p in copied:
+            p.copy_(master)
 
     @torch.no_grad()
     def undo() -> None:
@@ -1767,12 +1812,36 @@ def ranks() -> tuple[int, int]:
     return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
 
 
+def from_rank_0(read: Callable[[], object]) -> object:
+    """What rank 0 reads from a disk that the other nodes may not share."""
+    found = [read() if ranks()[0] == 0 else None]
+    if ranks()[1] > 1:
+        torch.distributed.broadcast_object_list(found, 0, device=torch.device("cpu"))
+    return found[0]
+
+
+@torch.no_grad()
+def fill_from_rank_0(targets: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> None:
+    """targets <- numbers, which rank 0 alone has."""
+    for name, target in targets.items():
+        if ranks()[0] == 0:
+            target.copy_(numbers[name])
+        if ranks()[1] > 1:
+            torch.distributed.broadcast(target.detach(), 0)
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Agreed among the hosts, which need not wait for their devices."""
+    if ranks()[1] == 1:
+        return flag
+    flags = torch.tensor([float(flag)])
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return flags.tolist() == [1.0]
+
+
 def batch_at(step: int, size: int, n: int, seed: int) -> list[int]:
     """The examples of a step: every epoch is a new permutation; a function of its arguments, so nothing has to be saved."""
-    out = []
-    for at in range(step * size, (step + 1) * size):
-        out.append(_permutation(n, seed, at // n)[at % n])
-    return out
+    return [_permutation(n, seed, place // n)[place % n] for place in range(step * size, (step + 1) * size)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -1780,121 +1849,170 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
 
 
-def train(
-    model: nn.Module, tuned: Tuned, coder: Coder, data: Data, args: argparse.Namespace, lr: float, state_file: str, revision: str
-) -> dict:
+def encode(run: Run, examples: list[Example]) -> dict[str, Tensor]:
+    """A batch with its labels."""
+    coder = run.coder
+    return coder.batch([coder.source(e) for e in examples], [coder.target(e) for e in examples], run.args.device)
+
+
+def score(run: Run, examples: list[Example]) -> dict[str, float]:
+    """The metrics of the task on these examples; the first is the one that counts."""
+    size = run.args.eval_batch_size
+    try:
+        return measure(run.data.metric, predict(run.model, run.coder, run.data, examples, size, run.args.device), examples)
+    except torch.OutOfMemoryError:  # checkpointing saves memory in training alone
+        raise UserError(f"out of memory in evaluation: lower --eval-batch-size (now {size})") from None
+
+
+def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optimizer, dict]:
+    """AdamW, and the state of the run: all that it needs to go on after an interruption, the tensors being those in use."""
+    params, head = tuned.params, tuned.head
+    groups = [{"params": [p for n, p in params.items() if n not in head], "lr": lr}]
+    groups += [{"params": [p for n, p in params.items() if n in head], "lr": HEAD_LR}]
+    fused = {p.device.type for p in params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
+    groups = [g for g in groups if g["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
+    tensors = {name: p.detach() for name, p in params.items()}
+    for name, p in params.items():
+        step = torch.zeros((), device=p.device if fused else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        tensors |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
+    record = dict(step=0, tokens=0, train_s=0.0, eval_s=0.0, loss=[], eval=[], best={"step": 0, "score": -math.inf})
+    best = {n: p.detach().to("cpu", copy=True) for n, p in params.items() if ranks()[0] == 0}
+    key = f"{run.args.name} {run.facts['revision']} {code_hash()}"
+    return optimizer, {"key": key, "record": record, "best": best, "tensors": tensors}
+
+
+def save_state(file: str, state: dict) -> None:
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as f:  # tensor by tensor; given a name, torch makes a RuntimeError of a full disk
+            torch.save(state, f)
+
+    if ranks()[0] == 0:
+        write_file(file, write)
+    if ranks()[1] > 1:
+        torch.distributed.barrier()  # torchrun ends all processes once one has ended
+
+
+def load_state(file: str, state: dict) -> bool:
+    """Set `state` to what `save_state` wrote, if that is whole and of the same run; else say so and leave it."""
+
+    def kind(x: object) -> object:
+        if isinstance(x, dict):
+            return {name: kind(part) for name, part in x.items()}
+        return (x.dtype, x.shape) if isinstance(x, Tensor) else type(x)
+
+    def read() -> dict | None:
+        if not os.path.exists(file):
+            return None
+        reason = "of another run, model or version of apet.py"
+        try:
+            with zipfile.ZipFile(file) as f:
+                if f.testzip():  # the sums of its parts, which torch does not check
+                    raise ValueError
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            if kind(found) == kind(state) and found["key"] == state["key"]:
+                return found
+        except Exception:  # a file that is no state can fail in any way
+            reason = "damaged"
+        say(f"{file} is {reason}: the run starts anew")
+        return None
+
+    found = read() if ranks()[0] == 0 else None
+    if record := from_rank_0(lambda: found and found["record"]):
+        state["record"].update(record)
+        state["best"].update(found["best"] if found else {})
+        fill_from_rank_0(state["tensors"], found["tensors"] if found else {})
+        say(f"continuing at step {record['step']}")
+    return bool(record)
+
+
+def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record: dict) -> Tensor:
+    """One step of the optimizer, counted in the record. Returns the mean loss per target token, still on the device."""
+    args, coder, step, (rank, world) = run.args, run.coder, record["step"], ranks()
+    torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank)  # dropout, too, depends on its place alone
+    chosen = [run.data.train[i] for i in batch_at(step, args.batch_size, len(run.data.train), args.seed)]
+    chosen.sort(key=lambda e: len(coder.source(e)))  # micro-batches of like length: less padding
+    count = sum(len(coder.target(e)) for e in chosen)
+    loss = torch.zeros((), device=args.device)
+    for i in range(args.grad_accum):
+        part, parts = i * world + rank, args.grad_accum * world
+        mine = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
+        if mine:
+            part_loss = loss_sum(run.model, coder, encode(run, mine)) / count
+            part_loss.backward()
+            loss += part_loss.detach().to(loss.device)
+    if world > 1:
+        torch.distributed.all_reduce(loss)
+        for p in tuned.params.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    tuned.write()
+    record["tokens"] += count + sum(len(coder.source(e)) for e in chosen)
+    record["step"] += 1
+    return loss
+
+
+def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
     """Train, keep the parameters that score best on data.select, and leave them in the model. Returns the run's record.
 
-    state_file: where an interrupted run goes on, if it was one on the same `revision` of model and data.
-    The record: loss (mean per target token) and evaluation curves, best step, seconds, milliseconds a step, tokens a second.
-    Raises UserError when the loss is not finite, Interrupted (state saved) on SIGINT or SIGTERM.
+    state_file: where the same run goes on, if it was interrupted. The record: loss (mean per target token) and evaluation
+    curves, best step, seconds, tokens. Raises UserError when the loss is not finite, Interrupted (state saved) on a signal.
     """
-    rank, world = ranks()
-    groups = [{"params": [p for n, p in tuned.params.items() if n not in tuned.head], "lr": lr}]
-    groups += [{"params": [p for n, p in tuned.params.items() if n in tuned.head], "lr": HEAD_LR}]
-    groups = [g for g in groups if g["params"]]
-    fused = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
-    record = {"loss": [], "eval": [], "train_s": 0.0, "eval_s": 0.0, "tokens": 0, "step": 0, "best": None}
-    best: dict[str, Tensor] = {}
-
-    def evaluate() -> None:
-        start = time.perf_counter()
-        scores = measure(data.metric, predict(model, coder, data, data.select, args.eval_batch_size, args.device), data.select)
-        score = next(iter(scores.values()))
-        record["eval"].append({"step": record["step"], **scores})
-        if record["best"] is None or score > record["best"]["score"]:
-            record["best"] = {"step": record["step"], "score": score}
-            best.update({n: p.detach().to("cpu", copy=True) for n, p in tuned.params.items()})
-        record["eval_s"] += time.perf_counter() - start
-
-    def save_state() -> None:
-        if rank == 0:
-            tensors = {f"p.{n}": p.detach() for n, p in tuned.params.items()} | {f"b.{n}": t for n, t in best.items()}
-            for i, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"o.{i}.{n}": t for n, t in state.items()}
-            save_tensors(tensors, state_file, {"record": json.dumps(record), "revision": revision})
-
-    tensors, about = load_tensors(state_file) if args.resume and os.path.exists(state_file) else ({}, {})
-    if about.get("revision") == revision:
-        record = json.loads(about["record"])
-        with torch.no_grad():
-            for name, p in tuned.params.items():
-                p.copy_(tensors[f"p.{name}"])
-                best[name] = tensors[f"b.{name}"]
-        blank = optimizer.state_dict()
-        for key, t in tensors.items():
-            if key.startswith("o."):
-                _, i, name = key.split(".")
-                blank["state"].setdefault(int(i), {})[name] = t
-        optimizer.load_state_dict(blank)
-        tuned.write()
-        say(f"continuing at step {record['step']}")
-    else:
-        evaluate()
-
-    stop = []
-    old = (
-        {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-        if in_main_thread()
-        else {}
-    )
     from tqdm import tqdm
 
-    bar = tqdm(
-        total=args.steps, initial=record["step"], disable=rank > 0, unit="step", desc=args.label, mininterval=0.5, leave=False
-    )
-    try:
-        while record["step"] < args.steps:
-            start = time.perf_counter()
-            torch.manual_seed((args.seed * 1_000_003 + record["step"]) * 1_009 + rank)  # dropout, too, depends on its place alone
-            chosen = [data.train[i] for i in batch_at(record["step"], args.batch_size, len(data.train), args.seed)]
-            chosen.sort(key=lambda e: len(coder.source(e)))  # micro-batches of like length: less padding
-            count = sum(len(coder.target(e)) for e in chosen)
-            loss = torch.zeros((), device=args.device)
-            for i in range(args.grad_accum):
-                part, parts = i * world + rank, args.grad_accum * world
-                mine = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
-                if mine:
-                    batch = coder.batch([coder.source(e) for e in mine], [coder.target(e) for e in mine], args.device)
-                    part_loss = loss_sum(model, coder, batch) / count
-                    part_loss.backward()
-                    loss += part_loss.detach().to(loss.device)
-            if world > 1:
-                for p in tuned.params.values():
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    torch.distributed.all_reduce(p.grad)
-                agreed = torch.stack([loss, loss.new_tensor(float(bool(stop)))])  # a signal may have come to one process alone
-                torch.distributed.all_reduce(agreed)
-                loss, stopping = agreed[0], agreed[1].item() > 0
-            loss = loss.item()
+    args, clock, waiting = run.args, time.perf_counter(), []
+    optimizer, state = start_training(run, tuned, lr)
+    record, best = state["record"], state["best"]
+
+    def count_seconds(what: str) -> None:
+        nonlocal clock
+        before, clock = clock, time.perf_counter()
+        record[what] += clock - before
+
+    def look() -> None:
+        """Read the losses that wait on the device: between two evaluations, training waits for it nowhere else."""
+        for loss in torch.stack(waiting).tolist() if waiting else []:
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {record['step'] + 1}; a smaller --lr (now {lr:g}) may help")
-            optimizer.step()
-            optimizer.zero_grad()
-            tuned.write()
-            record["step"] += 1
+                raise UserError(f"the loss is {loss} at step {len(record['loss']) + 1}; a smaller --lr (now {lr:g}) may help")
             record["loss"].append(round(loss, 5))
-            record["tokens"] += count + sum(len(coder.source(e)) for e in chosen)
-            record["train_s"] += time.perf_counter() - start
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-            if record["step"] % args.eval_every == 0 or record["step"] == args.steps:
+        waiting.clear()
+        count_seconds("train_s")
+
+    def evaluate() -> None:
+        look()
+        scores = score(run, run.data.select)
+        record["eval"].append({"step": record["step"], **scores})
+        if (first := next(iter(scores.values()))) > record["best"]["score"]:
+            record["best"] = {"step": record["step"], "score": first}
+            for name, kept in best.items():
+                kept.copy_(tuned.params[name].detach())
+        count_seconds("eval_s")
+
+    if args.resume and load_state(state_file, state):
+        tuned.write()
+    else:
+        evaluate()
+    options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
+    with catch_signals() as caught, tqdm(**options, disable=ranks()[0] > 0) as bar:
+        while record["step"] < args.steps:
+            waiting.append(train_step(run, tuned, optimizer, record))
+            due = record["step"] % args.eval_every == 0 and record["step"] < args.steps
+            if due or record["step"] == args.steps:
                 evaluate()
-                if record["step"] < args.steps:
-                    save_state()
-            if stopping if world > 1 else stop:
-                save_state()
-                if world > 1:
-                    torch.distributed.barrier()  # torchrun ends all processes once one has ended
-                raise Interrupted(stop[0] if stop else signal.SIGTERM, record["step"])
-    finally:
-        bar.close()
-        for s, handler in old.items():
-            signal.signal(s, handler)
-    with torch.no_grad():
-        for name, p in tuned.params.items():
-            p.copy_(best[name])
+            stop = on_any_rank(bool(caught))
+            if due or stop:
+                look()
+                save_state(state_file, state)
+            if stop:
+                raise Interrupted(caught[0] if caught else signal.SIGTERM, record["step"])
+            if time.perf_counter() - clock > 0.5:
+                look()
+                bar.set_postfix(loss=f"{record['loss'][-1]:.3f}", refresh=False)
+            bar.update()
+    fill_from_rank_0(tuned.params, best)
     tuned.write()
     return record
 
@@ -1903,8 +2021,18 @@ class Interrupted(Exception):
     """A signal came; the state is saved."""
 
 
-def in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """The signals that would end the process, noted in a list; those that are ignored (nohup, a job in the background) stay so."""
+    caught, before = [], {}
+    for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):  # Windows has no SIGHUP
+        if number and threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1916,470 +2044,446 @@ DATA_FLAGS = ("text_fields", "label_field", "max_source_length", "max_target_len
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every flag, with its default's reason. None stands for a default that depends on the others; see `settle`."""
+    """Every flag, with its default's reason. None stands for a default that depends on the others; see `check_args`."""
     about, raw = __doc__.split("\n\nThe file")[0], argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="apet.py", description=about, formatter_class=raw, allow_abbrev=False)
-    add = p.add_argument
-    add(
-        "--model",
-        help="a local folder, a hub id, or a short name such as t5-large (default: toy-base, offline; with --load, its own)",
-    )
-    add(
-        "--task",
-        help="a name of the table, a hub id, a local file or folder (default: toy-sentiment, offline; with --load, its own)",
-    )
-    add("--method", default="apet", help=f"{', '.join(METHODS)}; a list sweeps")
-    add("--budget", default="1e4", help="scalars to tune: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps")
-    add("--mask", default="random", help=f"how positions are chosen: {', '.join(MASKS)}; a list sweeps")
-    add("--where", default="all", help=f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names")
-    add("--insert", default="", help="lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
-    add("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
-    pool = "what the head of an encoder reads: the pooler's view of [CLS] (as BERT), or the mean of the text's last hidden states"
-    add("--pool", choices=("cls", "mean"), default="cls", help=f"{pool} (default: %(default)s)")
-    add("--mask-seed", default="0", help="seed of the positions; a list sweeps")
-    add("--seed", default="0", help="seed of training: data order, dropout; a list sweeps")
-    add("--lr", default="auto", help="AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps")
-    add("--steps", help="optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
-    add("--batch-size", default="32", help="examples a step, over all micro-batches and processes (default: 32, the authors')")
-    add("--grad-accum", default="1", help="micro-batches a step, each of examples of like length")
-    add("--max-source-length", help="tokens (default: 128, the authors')")
-    add("--max-target-length", help="tokens, end of sequence included (default: 128, the authors')")
-    add("--eval-every", help="steps between evaluations (default: a twentieth of all, the authors'; a quarter for the toy tasks)")
-    add("--eval-batch-size", default="64", help="examples a batch in evaluation")
-    add("--train-size", help="use that many training examples (fixed choice)")
-    add("--eval-size", help="evaluate on that many examples (fixed choice; default: all, at most 1,000 to pick the best step)")
-    add("--dropout", help="rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
-    add("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--device-map", help="spread the model over several devices: auto (needs accelerate)")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations (without it: only once memory has run out)")
-    add("--text-fields", help="text columns, comma-separated")
-    add("--label-field", help="column of the label or target text")
-    add("--out", default="results/runs", help="folder of the results (default: %(default)s)")
-    add("--save", help="file for the delta (default: beside the result)")
-    add("--export", help="folder for a plain Hugging Face checkpoint of the tuned model")
-    add("--load", help="a saved delta: evaluate it, without training")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="skip finished cells, continue an interrupted one")
+
+    def error(message: str) -> None:
+        raise UserError(message.removeprefix("argument "))
+
+    def word(text: str) -> str:
+        if not text.strip():
+            raise UserError("it is empty; leave it out, or give it a value")
+        if text.encode(errors="replace").decode() != text:  # results and deltas hold it
+            raise UserError(f"{text!r} is not UTF-8: rename it")
+        return text
+
+    def number(what: str, fits: Callable, read: Callable = float) -> Callable[[str], int | float | str]:
+        def check(text: str) -> int | float | str:
+            with contextlib.suppress(ValueError):
+                if fits(value := read(text)):
+                    return value
+            raise UserError(f"it must be {what}, not {text!r}")
+
+        return check
+
+    def each(read: Callable[[str], object]) -> Callable[[str], list]:
+        def split(text: str) -> list:
+            parts = [part.strip() for part in text.split(",")]
+            if not all(parts):
+                raise UserError(f"empty entry in {text!r}")
+            return list(dict.fromkeys(map(read, parts)))
+
+        return split
+
+    def known(names: Iterable[str], what: str) -> Callable[[str], list]:
+        return each(lambda name: one_of(name, names, what))
+
+    def add(flag: str, read: Callable[[str], object], help: str, default: str | None = None, **more: object) -> None:
+        p.add_argument(flag, type=read, help=help, default=default, **more)
+
+    whole = functools.partial(parse_count, what="it")
+    count = number("a whole number from 1 to 1e9, such as 10000 or 1e4", lambda x: x <= 10**9, whole)
+    size = number("a whole number from 1 to 100,000", lambda x: x <= 100_000, whole)  # of what has to fit into memory
+    seed = number("a whole number from 0 to 999999999", lambda x: 0 <= x < 10**9, int)
+    share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+    rate = number("a number above 0, or auto", lambda x: x == "auto" or 0 < x < math.inf, lambda x: x if x == "auto" else float(x))
+    p.error = error  # one line, as for all else that a person can put right; argparse would print every flag before it
+    own = "offline; with --load, its own"
+    add("--model", word, f"a local folder, a hub id, or a short name such as t5-large (default: toy-base, {own})")
+    add("--task", word, f"a name of the table, a hub id, a local file or folder (default: toy-sentiment, {own})")
+    add("--method", known(METHODS, "method"), f"{', '.join(METHODS)}; a list sweeps", "apet")
+    budgets = "1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit"
+    add("--budget", each(str), f"scalars to tune: {budgets}; a list sweeps", "1e4")
+    add("--mask", known(MASKS, "mask"), f"how positions are chosen: {', '.join(MASKS)}; a list sweeps", "random")
+    add("--where", word, f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names", "all")
+    inserted = known(COUNTED[:3], "method to insert")
+    add("--insert", inserted, "lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
+    p.add_argument("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
+    add("--mask-seed", each(seed), "seed of the positions; a list sweeps", "0")
+    add("--seed", each(seed), "seed of training: data order, dropout; a list sweeps", "0")
+    add("--lr", each(rate), "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
+    add("--steps", count, "optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
+    add("--batch-size", size, "examples a step, over all micro-batches and processes (default: 32, the authors')", "32")
+    add("--grad-accum", size, "micro-batches a step, each of examples of like length", "1")
+    add("--max-source-length", size, "tokens (default: 128, the authors')")
+    add("--max-target-length", size, "tokens, end of sequence included (default: 128, the authors')")
+    evaluations = "a twentieth of all, the authors'; a quarter for the toy tasks"
+    add("--eval-every", count, f"steps between evaluations (default: {evaluations})")
+    add("--eval-batch-size", size, "examples a batch in evaluation", "64")
+    add("--train-size", count, "use that many training examples (fixed choice)")
+    add("--eval-size", count, "evaluate on that many (fixed choice; default: all, at most 1,000 to pick the best step)")
+    add("--dropout", share, "rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
+    add("--dtype", str, "of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32", choices=DTYPES)
+    add("--device", word, "cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--device-map", word, "spread the model over several devices: auto (needs accelerate)")
+    checkpointing = "recompute activations (without it: only once memory has run out)"
+    p.add_argument("--gradient-checkpointing", action="store_true", help=checkpointing)
+    add("--text-fields", word, "text columns, comma-separated")
+    add("--label-field", word, "column of the label or target text")
+    add("--out", word, "folder of the results (default: %(default)s)", "results/runs")
+    add("--save", word, "file for the delta (default: beside the result)")
+    add("--export", word, "folder for a plain Hugging Face checkpoint of the tuned model")
+    add("--load", word, "a saved delta: evaluate it, without training")
+    resume = "skip finished runs, continue an interrupted one"
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
     return p
 
 
-def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Check the arguments, fill in those that depend on others, and split the lists. Raises UserError."""
-
-    def split(text: str, what: str, read: Callable[[str], object]) -> list:
-        parts = [part.strip() for part in str(text).split(",")]
-        if not all(parts):
-            raise UserError(f"--{what}: empty entry in {text!r}")
-        return list(dict.fromkeys(read(part) for part in parts))
-
-    def seed(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text):
-            raise UserError(f"a seed must be a whole number from 0 to 999999999, not {text!r}")
-        return int(text)
-
-    def rate(text: str) -> float | str:
-        try:
-            if text == "auto" or 0 < float(text) < math.inf:
-                return text if text == "auto" else float(text)
-        except ValueError:
-            pass
-        raise UserError(f"--lr must be a number above 0, or auto, not {text!r}")
-
-    about = {}
-    if args.load:  # it says itself how it was made
-        about = load_tensors(args.load)[1]
-        if about.get("format") != "apet 1" or about.get("method", "apet") not in METHODS:
-            raise UserError(f"{args.load} is no delta of apet.py")
-        args.method, args.insert = about.get("method", "apet"), about.get("insert", "")
-        args.pool = about.get("pool", "cls")
-        other = args.task not in (None, about.get("task"))  # its columns have other names
-        for name in DATA_FLAGS[2:] if other else DATA_FLAGS:
-            setattr(args, name, getattr(args, name) or about.get(name))
-    args.model = about.get("model", "toy-base") if args.model is None else args.model
-    args.task = about.get("task", "toy-sentiment") if args.task is None else args.task
+def check_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the arguments that depend on others, and check what goes together. Raises UserError."""
+    if args.load:
+        as_saved(args)
+    args.model, args.task = args.model or "toy-base", args.task or "toy-sentiment"
+    args.insert = args.insert or []
     toy = args.task.startswith("toy-")
-    args.method = split(args.method, "method", lambda m: one_of(m, METHODS, "method"))
-    args.mask = split(args.mask, "mask", lambda m: one_of(m, MASKS, "mask"))
-    args.insert = (
-        split(args.insert, "insert", lambda m: one_of(m, ("lora", "adapter", "prompt"), "method to insert")) if args.insert else []
-    )
-    args.budget = split(args.budget, "budget", str)
-    args.mask_seed, args.seed = split(args.mask_seed, "mask-seed", seed), split(args.seed, "seed", seed)
-    args.lr = split(args.lr, "lr", rate)
-    args.max_source_length, args.max_target_length = args.max_source_length or "128", args.max_target_length or "128"
-    args.steps = parse_count(args.steps or (600 if toy else 20_000), "--steps")
-    args.eval_every = parse_count(args.eval_every or max(1, args.steps // (4 if toy else 20)), "--eval-every")
-    for name in (
-        "batch_size",
-        "grad_accum",
-        "max_source_length",
-        "max_target_length",
-        "eval_batch_size",
-        "train_size",
-        "eval_size",
-    ):
-        value = getattr(args, name)
-        setattr(args, name, None if value is None else parse_count(value, "--" + name.replace("_", "-")))
+    args.max_source_length, args.max_target_length = args.max_source_length or 128, args.max_target_length or 128
+    args.steps = args.steps or (600 if toy else 20_000)
+    args.eval_every = args.eval_every or max(1, args.steps // (4 if toy else 20))
+    if args.dropout is None and args.model in TOY_MODELS:
+        args.dropout = 0.0
     if args.max_source_length < 8 or args.max_target_length < 2:
         raise UserError("--max-source-length must be at least 8 and --max-target-length at least 2")
     if args.grad_accum > args.batch_size:
         raise UserError(f"--grad-accum {args.grad_accum} is above --batch-size {args.batch_size}")
-    if args.dropout is None:
-        args.dropout = 0.0 if args.model in TOY_MODELS else None
-    else:
-        try:
-            args.dropout = float(args.dropout)
-        except ValueError:
-            args.dropout = -1.0
-        if not 0 <= args.dropout < 1:
-            raise UserError("--dropout must be a number from 0 to below 1")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if args.insert and "apet" not in args.method:
+        raise UserError("--insert goes with --method apet, which chooses among the new weights")
+    if args.save and args.load:
+        raise UserError("--save: --load trains nothing, so there is no delta to save")
+    if args.save and (os.path.lexists(args.save) and not os.path.isfile(args.save)):
+        raise UserError(f"--save {args.save} is no file; name a new one, or one to replace")
+    if args.export and (odd := {"adapter", "prompt"} & {*args.method, *args.insert}):
+        raise UserError(f"--export: a plain checkpoint has no place for {', '.join(odd)}; the delta (--save) holds it")
+    if (args.save or args.export) and (n := len(runs(args))) > 1:
+        raise UserError(f"--save and --export want one run, not a sweep of {n}")
+    args.device = usable_device(args)
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
+    return args
+
+
+def as_saved(args: argparse.Namespace) -> None:
+    """Set the arguments as those that the delta of --load was made with; some of them a person may name anew."""
+    about = load_tensors(args.load)[1]
+    if about.get("format") != "apet 1" or "pool" in about:  # an earlier version could pool an encoder's hidden states
+        raise UserError(f"{args.load} is no delta of {'this version of ' * ('pool' in about)}apet.py")
+    other = args.task not in (None, about.get("task"))  # its columns have other names
+    names = ("model", "task", "method", "insert", *(DATA_FLAGS[2:] if other else DATA_FLAGS))
     try:
-        device = torch.device(args.device)
+        made = parser().parse_args([f"--{name.replace('_', '-')}={about[name]}" for name in names if about.get(name)])
+    except UserError as e:
+        raise UserError(f"{args.load} is no delta of apet.py: {e}") from None
+    args.method, args.insert = made.method, made.insert
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(made, name))
+
+
+def launched() -> tuple[int, int]:
+    """(local rank, number of processes) under torchrun, else (0, 1): SLURM, too, sets some of its environment variables."""
+    numbers = ("LOCAL_RANK", "WORLD_SIZE", "RANK", "MASTER_PORT")
+    if not all(name in os.environ for name in (*numbers, "MASTER_ADDR")):
+        return 0, 1
+    if not all(os.environ[name].isdecimal() for name in numbers):
+        raise UserError(f"the environment variables {', '.join(numbers)} must be numbers, as torchrun sets them")
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def usable_device(args: argparse.Namespace) -> str:
+    """The device to run on, tried out."""
+    local, world = launched()
+    if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
+        right = "python apet.py --device-map ..." if args.device_map else "torchrun ... apet.py without --device"
+        raise UserError(f"torchrun gives each process its own GPU, with a whole model on it: {right}, please")
+    name = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("cpu and cuda can")
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        args.device = "cpu" if device.type == "cpu" else args.device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
-    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
-    if args.save and (os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
-        raise UserError(f"--save {args.save}: a file in a folder that is there, please")
-    there = args.export or "."
-    while there and not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there or "."):
-        raise UserError(f"--export {args.export}: {there} is a file, where a folder should be")
-    if args.export and (odd := {"adapter", "prompt"} & {*args.method, *args.insert}):
-        raise UserError(f"--export: a plain checkpoint has no place for {', '.join(odd)}; the delta (--save) holds it")
-    if args.export and args.pool == "mean":
-        raise UserError("--export: a plain checkpoint can't say that the head reads the mean; the delta (--save) does")
-    return args
+        raise UserError(f"--device {name} can't be used: {str(e).splitlines()[0]}") from None
+    return "cpu" if device.type == "cpu" else name
 
 
-def cells(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """One set of arguments for each run of the sweep; what a method does not read does not multiply it."""
+def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
+    """The arguments of each run of the sweep, with its name; what a method does not read does not multiply it.
+
+    revisions: of the data and of the model. With the arguments they make the name, so that other data is another run.
+    """
     out = []
     for method in args.method:
         apet, trains = method == "apet" and not args.load, not args.load
-        for budget, mask, mask_seed, seed, lr in itertools.product(
-            args.budget if apet else [None], args.mask if apet else [None], args.mask_seed if apet else [None],
-            args.seed if trains else [None], args.lr if trains and method != "none" else [None],
-        ):  # fmt: skip
-            if mask == "magnitude" and mask_seed != args.mask_seed[0]:
-                continue
-            cell = argparse.Namespace(
-                **vars(args) | dict(method=method, budget=budget, mask=mask, mask_seed=mask_seed, seed=seed, lr=lr)
-            )
-            if method != "apet":
-                cell.where, cell.insert = None, []
-            kept = {
-                k: v
-                for k, v in sorted(vars(cell).items())
-                if k not in ("out", "save", "export", "resume", "device", "eval_batch_size") and (k, v) != ("pool", "cls")
-            }
-            if not trains:
-                kept = {k: v for k, v in kept.items() if k not in ("steps", "eval_every", "batch_size", "grad_accum", "dropout")}
-            if args.load:  # another delta under the same name is another cell
-                with open(args.load, "rb") as f:
-                    kept["load"] = hashlib.sha256(f.read()).hexdigest()
-            parts = [args.model, args.task, "loaded" if args.load else method]
-            parts += [f"{mask}-{budget}-p{mask_seed}"] if apet else []
-            parts += [f"s{seed}"] if trains and method != "none" else []
-            parts.append(hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8])
-            cell.name = "-".join(re.sub(r"[^\w.-]+", "_", part).strip(".")[-60:] for part in parts)
-            cell.label = " ".join(str(x) for x in (cell.method, budget, mask, mask_seed) if x is not None)
-            out.append(cell)
+        lists = [args.budget, args.mask, args.mask_seed] if apet else [[None]] * 3
+        lists += [args.seed if trains else [None], args.lr if trains and method != "none" else [None]]
+        for values in itertools.product(*lists):
+            own = argparse.Namespace(**vars(args) | {"method": method, "where": args.where if method == "apet" else None})
+            own.insert = args.insert if method == "apet" else []
+            own.budget, own.mask, own.mask_seed, own.seed, own.lr = values
+            own.name = run_name(own, revisions)
+            own.label = " ".join(str(x) for x in (method, own.budget, own.mask, own.mask_seed) if x is not None)
+            if own.mask != "magnitude" or own.mask_seed == args.mask_seed[0]:  # it reads no seed
+                out.append(own)
     return out
 
 
-def run_cell(model: nn.Module, facts: dict, coder: Coder, data: Data, args: argparse.Namespace) -> dict:
-    """Train and evaluate one cell, write its files, and leave the model as it was. Returns the result."""
-    start = time.perf_counter()
+def run_name(args: argparse.Namespace, revisions: tuple) -> str:
+    """For the files of a run: what it is in words, and a hash of all that its numbers depend on."""
+    unread = {"out", "save", "export", "resume", "device", "eval_batch_size"}
+    unread |= {"steps", "eval_every", "batch_size", "grad_accum", "dropout"} if args.load else set()
+    read = {k: v for k, v in sorted(vars(args).items()) if k not in unread} | {"revisions": revisions}
+    if args.load:  # another delta under the same name is another run
+        read["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
+    parts = [args.model, args.task, "loaded" if args.load else args.method]
+    parts += [f"{args.mask}-{args.budget}-p{args.mask_seed}"] if args.mask else []
+    parts += [f"s{args.seed}"] if args.seed is not None and args.method != "none" else []
+    parts.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
+    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of this file when it was first asked for; see `main`."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def run_one(run: Run) -> dict:
+    """Train and evaluate, write the files, and leave the model as it was. Returns the result."""
+    start, args, data = time.perf_counter(), run.args, run.data
     file = os.path.join(args.out, args.name)
-    total = sum(p.numel() for p in base_of(model).parameters())
-    reset_peak_memory()
+    reset_peak_memory(args.device)
     torch.manual_seed(args.seed or 0)
     batches = None
     if args.mask == "gradient":
         rows = [data.train[i] for i in batch_at(0, 8 * args.batch_size, len(data.train), args.mask_seed)]
-        batches = [
-            functools.partial(
-                loss_sum, model, coder, coder.batch([coder.source(e) for e in part], [coder.target(e) for e in part], args.device)
-            )
-            for part in (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
-        ]
-    tuned = prepare(model, args, batches)
+        parts = (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
+        batches = [functools.partial(loss_sum, run.model, run.coder, encode(run, part)) for part in parts]
+    tuned = prepare(run.model, args, batches)
     try:
-        count = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
-        head = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base_of(model).parameters())
-        lr = auto_lr(args.method, count, facts["family"]) if args.lr == "auto" else args.lr
-        record = {}
-        if tuned.params and not args.load:
-            record = train(model, tuned, coder, data, args, lr, f"{file}.state", f"{facts['revision']} {data.about['revision']}")
+        if args.save and not tuned.params:
+            raise UserError(f"--save: --method {args.method} trains nothing here, so there is no delta to save")
+        lr = auto_lr(args.method, tuned.size(), run.facts["family"]) if args.lr == "auto" else args.lr
+        record = train(run, tuned, lr, f"{file}.state") if tuned.params and not args.load else {}
         began = time.perf_counter()
-        scores = measure(data.metric, predict(model, coder, data, data.report, args.eval_batch_size, args.device), data.report)
-        record["eval_s"] = record.get("eval_s", 0.0) + time.perf_counter() - began
-        losses = record.get("loss", [])
-        every = max(1, math.ceil(len(losses) / 500))
-        chunks = [losses[i : i + every] for i in range(0, len(losses), every)]
-        with open(__file__, "rb") as f:
-            source = hashlib.sha256(f.read()).hexdigest()
-        name, score = next(iter(scores.items()))
-        result = {
-            "score": score,
-            "metric": name,
-            "metrics": scores,
-            "baselines": baselines(data),
-            "tuned_params": count,
-            "head_params": head,
-            "head_trained": any(n in tuned.params for n in tuned.head),
-            "total_params": total,
-            "density": count / total,
-            "lr": lr,
-            "best": record.get("best"),
-            "loss_curve": [sum(part) / len(part) for part in chunks],
-            "loss_every": every,  # steps that an entry of loss_curve is the mean of
-            "eval_curve": record.get("eval", []),
-            "seconds": {"train": record.get("train_s", 0.0), "eval": record["eval_s"], "all": time.perf_counter() - start},
-            "step_ms": 1e3 * record["train_s"] / record["step"] if record.get("step") else None,
-            "tokens_per_s": record["tokens"] / record["train_s"] if record.get("train_s") else None,
-            "peak_memory_bytes": peak_memory(args.device),
-            "labels": list(data.words),
-            "data": data.about,
-            "model": facts,
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")},
-            "versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")},
-            "device": machine(args.device),
-            "processes": ranks()[1],
-            "apet_sha256": source,
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }  # fmt: skip
+        scores = score(run, data.report)
+        now = time.perf_counter()
+        seconds = {"train": record.get("train_s", 0.0), "eval": record.get("eval_s", 0.0) + now - began, "all": now - start}
+        result = make_result(run, tuned, record, scores, seconds) | {"lr": lr}
         if ranks()[0] == 0:
-            about = {"model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
-            about |= {"pool": args.pool} if args.pool != "cls" else {}
-            about |= {n: getattr(args, n) for n in DATA_FLAGS if getattr(args, n) is not None}
-            if tuned.apet and not args.load:
-                result["delta"] = args.save or f"{file}.safetensors"
-                tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
-            elif tuned.params and not args.load and (args.save or args.method != "full"):
-                result["delta"] = args.save or f"{file}.safetensors"
-                save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
-            write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n"))
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{file}.state")
-            if args.export:
-                export(model, coder, args.export)
+            write_result(run, tuned, result, file)
         return result
     finally:
         tuned.undo()
 
 
-def export(model: nn.Module, coder: Coder, folder: str) -> None:
-    """A plain Hugging Face checkpoint: LoRA is merged into the weights, other inserted weights have no place in one."""
-    base = base_of(model)
+def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], seconds: dict[str, float]) -> dict:
+    """All that is known of a run; enough to redo it."""
+    metric, first = next(iter(scores.items()))
+    out = {"score": first, "metric": metric, "metrics": scores, "baselines": baselines(run.data), "best": record.get("best")}
+    total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
+    out |= {"tuned_params": tuned.size(), "total_params": total, "density": tuned.size() / total}
+    out |= {"head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head)}
+    losses, steps = record.get("loss", []), record.get("step")
+    every = max(1, math.ceil(len(losses) / 500))  # steps that an entry of loss_curve is the mean of
+    chunks = [losses[i : i + every] for i in range(0, len(losses), every)]
+    out |= {"loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record.get("eval", [])}
+    out |= {"seconds": seconds, "step_ms": 1e3 * seconds["train"] / steps if steps else None}
+    out |= {"tokens_per_s": record["tokens"] / seconds["train"] if steps else None}
+    cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    out |= {"device": cpu if run.args.device == "cpu" else torch.cuda.get_device_name(), "processes": ranks()[1]}
+    out |= {"peak_memory_bytes": peak_memory(run.args.device)}
+    out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
+    out |= {"arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")}}
+    out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
+    return out | {"apet_sha256": code_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+
+
+def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
+    """The delta, the result, then the export; the state has served."""
+    args = run.args
+    about = {"run": args.name, "model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
+    about |= {n: getattr(args, n) for n in DATA_FLAGS if getattr(args, n) is not None}
+    if tuned.params and not args.load and (args.save or args.method != "full"):
+        result["delta"] = args.save or f"{file}.safetensors"
+        if tuned.apet:
+            tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
+        else:
+            save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
+    write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
+    Path(f"{file}.state").unlink(missing_ok=True)
+    if args.export:
+        export(run)
+
+
+def export(run: Run) -> None:
+    """A plain Hugging Face checkpoint of the tuned model; LoRA, which has no place in one, is merged into the weights."""
+    base, before = base_of(run.model), {}
     inserted = base._modules.pop("inserted", {})
-    before = {}
     try:
-        if any(method != "lora" for method in inserted):
-            raise UserError(f"--export: a plain checkpoint has no place for {', '.join(inserted)}; the delta (--save) holds it")
-        for method in inserted.values():
-            for name, module in method_layers(base, "lora").items():
-                part = method.get_submodule(name.replace(".", "_"))
-                change = part["B"] @ part["A"] * (LORA_ALPHA / LORA_RANK)
-                before[module.weight] = module.weight.detach().clone()
-                change = change if isinstance(module, nn.Linear) else change.t()
-                with torch.no_grad():
-                    module.weight.copy_(module.weight.float() + change)
-        try:
-            model.save_pretrained(folder)
-            coder.tokenizer.save_pretrained(folder)
-        except OSError as e:
-            raise UserError(f"--export {folder}: {e.strerror}") from None
+        for name, layer in method_layers(base, "lora").items() if "lora" in inserted else ():
+            part = inserted["lora"].get_submodule(name.replace(".", "_"))
+            change = (part["B"] @ part["A"]).detach() * (LORA_ALPHA / LORA_RANK)
+            before[layer.weight] = layer.weight.detach().clone()
+            layer.weight.data.copy_(layer.weight.float() + (change if isinstance(layer, nn.Linear) else change.t()))
+        run.model.save_pretrained(run.args.export)
+        run.coder.tokenizer.save_pretrained(run.args.export)
     finally:
-        with torch.no_grad():
-            for weight, old in before.items():
-                weight.copy_(old)
+        for weight, old in before.items():
+            weight.data.copy_(old)
         if inserted:
             base.inserted = inserted
 
 
-def table(results: list[tuple[argparse.Namespace, dict]], data: Data) -> str:
-    """What a person wants to know, a line a cell."""
-    first, base = results[0][1], results[0][1]["baselines"]
-    lines = [
-        f"\n{results[0][0].model} on {data.task} ({data.about['report']}, {len(data.report):,} examples): {first['metric']}; "
-        f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
-    ]
-    head = (
-        "method",
-        "tuned",
-        "of all",
-        "positions",
-        "lr",
-        "best step",
-        first["metric"],
-        "seconds",
-        "ms/step",
-        "tokens/s",
-        "peak MB",
-    )
-    rows = [head]
-    for cell, r in results:
-        rows.append(
-            (
-                "loaded" if cell.load else cell.method,
-                f"{r['tuned_params']:,}",
-                f"{r['density']:.3%}",
-                f"{cell.mask} {cell.mask_seed}" if cell.mask else "",
-                f"{r['lr']:.2g}" if r["lr"] else "",
-                f"{r['best']['step']}" if r["best"] else "",
-                f"{r['score']:.3f}",
-                f"{r['seconds']['all']:.1f}",
-                f"{r['step_ms']:.1f}" if r["step_ms"] else "",
-                f"{r['tokens_per_s']:,.0f}" if r["tokens_per_s"] else "",
-                f"{r['peak_memory_bytes'] / 1e6:,.0f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines += [
-        "  ".join(x.ljust(w) if i in (0, 3) else x.rjust(w) for i, (x, w) in enumerate(zip(r, widths, strict=True))) for r in rows
-    ]
-    cell, last = results[-1]
-    lines.append(f"result  {os.path.join(cell.out, cell.name)}.json")
-    if "delta" in last:
-        lines.append(f"delta   {last['delta']}")
-    return "\n".join(lines)
+def table(results: list[tuple[argparse.Namespace, dict]]) -> str:
+    """What a person wants to know, a line a run."""
+    (args, r), rows = results[0], []
+    examples, base = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples", r["baselines"]
+    title = f"\n{args.model} on {args.task} ({examples}): {r['metric']}; "
+    title += f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
+    for args, r in results:
+        row = {
+            "method": "loaded" if args.load else args.method,
+            "tuned": f"{r['tuned_params']:,}",
+            "of all": f"{r['density']:.3%}",
+            "positions": f"{args.mask} {args.mask_seed}" if args.mask else "",
+            "lr": r["lr"] and f"{r['lr']:.2g}",
+            "best step": r["best"] and f"{r['best']['step']}",
+            r["metric"]: f"{r['score']:.3f}",
+            "seconds": f"{r['seconds']['all']:.1f}",
+            "ms/step": r["step_ms"] and f"{r['step_ms']:.1f}",
+            "tokens/s": r["tokens_per_s"] and f"{r['tokens_per_s']:,.0f}",
+            "peak MB": r["peak_memory_bytes"] and f"{r['peak_memory_bytes'] / 1e6:,.0f}",
+        }
+        rows.append({key: value or "" for key, value in row.items()})
+    rows.insert(0, {key: key for key in rows[0]})
+    width = {key: max(len(row[key]) for row in rows) for key in rows[0]}
+    left = ("method", "positions")
+    lines = ["  ".join(x.ljust(width[k]) if k in left else x.rjust(width[k]) for k, x in row.items()) for row in rows]
+    lines.append(f"result  {os.path.join(args.out, args.name)}.json")
+    return "\n".join([title, *lines, *([f"delta   {r['delta']}"] if "delta" in r else [])])
 
 
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak_memory(device: str) -> None:
+    for i in range(torch.cuda.device_count()) if device != "cpu" else ():
+        torch.cuda.reset_peak_memory_stats(i)
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:  # Linux: the process's own peak starts anew
         f.write("5")
 
 
-def peak_memory(device: str) -> int:
-    """Bytes since `reset_peak_memory`; on a CPU without it (not Linux), since the process began."""
+def peak_memory(device: str) -> int | None:
+    """Bytes since `reset_peak_memory`, over all GPUs; on a CPU without it (not Linux), since the process began."""
     if device != "cpu":
-        return torch.cuda.max_memory_allocated()
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     with contextlib.suppress(OSError), open("/proc/self/status") as f:
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", f.read())[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def machine(device: str) -> str:
-    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+def say(text: str, each_rank: bool = False) -> None:
+    """To the person, once for all processes; a terminal that is gone or full must not end a run."""
+    if each_rank or ranks()[0] == 0:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    if ranks()[0] == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def read_done(todo: list[argparse.Namespace], data: Data) -> dict[str, dict]:
-    """The results that are there already, by cell; not those of other data or weights under the same name."""
-    done, path = {}, find_model(todo[0].model)
-    for cell in todo:
-        file = os.path.join(cell.out, f"{cell.name}.json")
-        if not cell.resume or not os.path.exists(file) or (cell.save and not os.path.exists(cell.save)):
-            continue
-        try:
-            with open(file, encoding="utf-8") as f:
-                result = json.load(f)
-            made_of, result["score"] = (result["model"]["revision"], result["data"]["revision"]), result["score"] + 0.0
-        except (ValueError, KeyError, TypeError, OSError):
-            raise UserError(
-                f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume"
-            ) from None
-        model = folder_revision(path) if os.path.isdir(path) else made_of[0]
-        if made_of == (model, data.about["revision"]):
-            done[cell.name] = result
-        else:
-            say(f"{cell.label}: the data or the model is not that of {file}; it runs anew")
-    return done
-
-
-def check_shared(args: argparse.Namespace, todo: list[argparse.Namespace]) -> None:
-    """All processes must see the same results and states: what one skips, the others would wait in for ever."""
-    there = [os.path.exists(os.path.join(args.out, f"{cell.name}.{kind}")) for cell in todo for kind in ("json", "state")]
-    number = binascii.crc32(repr(there).encode())
-    seen = torch.tensor([number, -number], device=args.device)
-    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-    if seen[0] != -seen[1]:
-        raise UserError(f"the processes do not see the same files in {args.out}: --out must be a folder that all nodes share")
-
-
-def run(argv: list[str] | None = None) -> None:
-    """The whole command. Raises UserError, Interrupted."""
-    args = settle(parser().parse_args(argv))
-    todo = cells(args)
-    if (args.save or args.export) and len(todo) > 1:
-        raise UserError(f"--save and --export want one run, not a sweep of {len(todo)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
+def read_result(args: argparse.Namespace) -> dict | None:
+    """The result of a run that is done, with its delta if it has one; else None."""
+    file = os.path.join(args.out, f"{args.name}.json")
+    if not args.resume or args.export or not os.path.exists(file):
+        return None
     try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"can't make the folder {args.out}: {e.strerror}") from None
-    for folder in (args.out, *([os.path.dirname(args.save) or "."] if args.save else ())):
+        with open(file, encoding="utf-8") as f:
+            result = json.load(f)
+        table([(args, result)])  # it holds all that will be read
+    except Exception:  # a file that is no result can fail in any way
+        raise UserError(f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume") from None
+    delta = args.save or f"{file.removesuffix('.json')}.safetensors"
+    with contextlib.suppress(UserError):
+        if not (args.save or "delta" in result) or load_tensors(delta)[1].get("run") == args.name:
+            return result
+    say(f"{args.label}: its delta {delta} is not there; it runs anew")
+    return None
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """What would fail after hours of training is known now: a folder that can't be made or written, a name too long."""
+    for folder in filter(None, (args.out, args.export)):
         try:
-            tempfile.TemporaryFile(dir=folder).close()  # better known now than after hours of training
+            os.makedirs(folder, exist_ok=True)
         except OSError as e:
-            raise UserError(f"can't write in the folder {folder}: {e.strerror}") from None
-    if ranks()[1] > 1:
-        check_shared(args, todo)
+            raise UserError(f"can't make the folder {folder}: {e.strerror}") from None
+    first = os.path.join(args.out, f"{runs(args)[0].name}.safetensors")
+    for file in filter(None, (first, args.save, args.export and os.path.join(args.export, "model.safetensors"))):
+        write_file(f"{file}.check", lambda temporary: Path(temporary).touch())
+        Path(f"{file}.check").unlink(missing_ok=True)  # another process of the same command may have been faster
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Every run that the arguments ask for. Raises UserError, Interrupted."""
+    from_rank_0(lambda: check_folders(args))
     data = load_task(args)
-    done = {} if args.export else read_done(todo, data)
-    if len(done) < len(todo):
+
+    def look_up(revision: str) -> tuple[list[argparse.Namespace], list[dict | None]]:
+        todo = runs(args, data.about["revision"], revision)
+        return todo, from_rank_0(lambda: [read_result(own) for own in todo])
+
+    revision = from_rank_0(lambda: model_revision(args.model))
+    todo, done = look_up(revision)
+    if None in done:
         say(f"loading {args.model}")
         model, tokenizer, facts = load_model(args, data.words)
+        if (loaded := from_rank_0(lambda: facts["revision"])) != revision:  # the hub had a newer one than the cache
+            todo, done = look_up(loaded)
         for name, n in data.about.get("rows without text or label, dropped", {}).items():
             say(f"{args.task}: {n:,} rows of {name} have no text or no label (-1 means none) and are left out")
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
-        for budget in [b for b in args.budget if "apet" in args.method and not args.load]:
-            parse_budget(budget, base_of(model))  # a wrong one is known before the first cell has run
+        for budget in args.budget if "apet" in args.method and not args.load else ():
+            parse_budget(budget, base_of(model))  # a wrong one is known before the first run
         if args.gradient_checkpointing:
             checkpoint(model)
-    results, failed = [], []
-    for i, cell in enumerate(todo, 1):
-        if cell.name not in done:
+    failed = []
+    for i, own in enumerate(todo):
+        if done[i] is None:
+            title = f"[{i + 1}/{len(todo)}] {own.label}"
             if len(todo) > 1:
-                say(f"[{i}/{len(todo)}] {cell.label}")
+                say(title)
             try:
-                done[cell.name] = run_in_memory(model, facts, coder, data, cell, args)
+                done[i] = run_in_memory(Run(model, coder, data, facts, own), todo)
             except UserError as e:
                 if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
                     raise
-                say(f"[{i}/{len(todo)}] {cell.label} failed: {e}")
-                failed.append(cell.label)
-                continue
-        results.append((cell, done[cell.name]))
-    if results and ranks()[0] == 0:
-        print(table(results, data))
+                say(f"{title} failed: {e}")
+                failed.append(own.label)
+    results = [(own, result) for own, result in zip(todo, done, strict=True) if result]
+    try:
+        if results and ranks()[0] == 0:
+            print(table(results), flush=True)
+    except (OSError, ValueError) as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries, and complains, once more when it ends
+        raise UserError(f"can't print the table ({e}); the results are written, in {args.out}") from None
     if failed:
         raise UserError(f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}")
 
 
-def run_in_memory(
-    model: nn.Module, facts: dict, coder: Coder, data: Data, cell: argparse.Namespace, args: argparse.Namespace
-) -> dict:
-    """`run_cell`; once GPU memory has run out, again with gradient checkpointing, which then stays on."""
-    cell.gradient_checkpointing = args.gradient_checkpointing
+def run_in_memory(run: Run, todo: list[argparse.Namespace]) -> dict:
+    """`run_one`; once GPU memory has run out, again with gradient checkpointing, which then stays on."""
     try:
-        return run_cell(model, facts, coder, data, cell)
+        return run_one(run)
     except torch.OutOfMemoryError:
-        if args.gradient_checkpointing:
+        if run.args.gradient_checkpointing:
             raise UserError("out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum") from None
         if ranks()[1] > 1:  # the other processes go on, where this one would begin again
             raise UserError("out of GPU memory: add --gradient-checkpointing") from None
     say("out of GPU memory: once more with gradient checkpointing")
-    args.gradient_checkpointing = True
-    checkpoint(model)
-    return run_in_memory(model, facts, coder, data, cell, args)
+    checkpoint(run.model)
+    for own in todo:
+        own.gradient_checkpointing = True
+    return run_in_memory(run, todo)
 
 
 def checkpoint(model: nn.Module) -> None:
@@ -2390,18 +2494,35 @@ def checkpoint(model: nn.Module) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command. 0: all went well; 2: the person can put it right; 128 + signal: interrupted; 1: what nobody foresaw."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
-        run(argv)
+        code_hash()  # now, as the file may be edited while it runs
+        args = check_args(parser().parse_args(argv))
+        if launched()[1] > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
+            torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+        sweep(args)
+        if ranks()[1] > 1:
+            torch.distributed.destroy_process_group()
+        return 0
     except UserError as e:
-        print(f"apet: error: {e}", file=sys.stderr)
+        say(f"apet: error: {e}", each_rank=True)
         return 2
     except Interrupted as e:
         number, step = e.args
-        print(f"apet: interrupted after step {step}; the same command continues there", file=sys.stderr)
+        say(f"apet: interrupted after step {step}; the same command continues there", each_rank=True)
         return 128 + number
     except KeyboardInterrupt:
         return 130
-    return 0
+    except Exception as e:
+        if os.environ.get("APET_DEBUG") == "1":
+            raise
+        place = [f.name for f in traceback.extract_tb(e.__traceback__) if f.filename == __file__ and f.name[0] != "<"][-1]
+        words = " ".join(str(e).split())[:500]
+        say(f"apet: error in {place}: {type(e).__name__}: {words} (APET_DEBUG=1 shows the traceback)", each_rank=True)
+        return 1
 
 
 if __name__ == "__main__":

@@ -318,7 +318,7 @@ def test_each_method_gets_its_dropout_the_new_weights_too():
 
     model = build("t5")
     for method, expected in (("lora", 0.1), ("adapter", 0.1), ("full", 0.1), ("apet", 0.0)):
-        args = apet.settle(apet.parser().parse_args(["--model", "some/where", "--method", method, "--budget", "10"]))
+        args = apet.check_args(apet.parser().parse_args(["--model", "some/where", "--method", method, "--budget", "10"]))
         args.budget, args.mask, args.mask_seed, args.method = "10", "random", 0, method
         tuned = apet.prepare(model, args)
         rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} | {
