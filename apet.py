@@ -63,7 +63,6 @@ class APET:
 
     The model is frozen but keeps its modules, forward, dtype and device; move it to its device first. Every entry outside
     `positions` stays bit-identical. `values.grad` accumulates over backward passes as any parameter's.
-
     model, budget, mask, seed, where, batches: see `select_positions`; without a budget, 10,000 scalars or all of an own mask.
     backend: "hook": autograd forms the dense gradient of each touched parameter, one at a time; it is gathered from and dropped.
         "gather": for nn.Linear and nn.Embedding the chosen entries alone are computed; the rest as "hook". "auto": the cheaper.
@@ -91,8 +90,7 @@ class APET:
         self._indices = [index.to(w.device) for w, index in zip(self._weights, self.positions.values(), strict=True)]
         self._pretrained = [w.detach().take(index) for w, index in zip(self._weights, self._indices, strict=True)]
         self._sizes = [len(index) for index in self._indices]
-        device = self._weights[0].device
-        self.values = nn.Parameter(torch.cat([numbers.to(device, torch.float32) for numbers in self._pretrained]))
+        self.values = nn.Parameter(torch.cat([n.to(self._weights[0].device, torch.float32) for n in self._pretrained]))
         self._passes: dict[int, list[tuple[int, Tensor]]] = {}  # of each running backward pass, (number of the tensor, gradient)
         self._attached, self._smallest, self._mark = False, min(self._weights, key=Tensor.numel), None
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
@@ -107,11 +105,10 @@ class APET:
             hook = functools.partial(self._take, number, index)
             self._undo.callback(weight.register_post_accumulate_grad_hook(hook).remove)
         self._owner = model.get_submodule(next(iter(self.positions)).rpartition(".")[0])
-        self._waited_for = None  # should DDP be put around the model, it needs a parameter to wait for
-        if "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            self._waited_for = self._smallest
-            others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is not self._waited_for]
-            model._ddp_params_and_buffers_to_ignore = others
+        self._in_group = "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if self._in_group:  # DDP, should it be put around the model, needs a parameter to wait for: the smallest, on the hook path
+            everything = model.named_parameters(remove_duplicate=False)
+            model._ddp_params_and_buffers_to_ignore = [name for name, p in everything if p is not self._smallest]
             self._undo.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
         add_fast_path(self, model, backend)
 
@@ -138,10 +135,10 @@ class APET:
         parts: list[Tensor | None] = [None] * len(self._sizes)
         for number, part in brought:
             parts[number] = part if parts[number] is None else parts[number] + part
-        zero, device = torch.zeros((), device=self.values.device), self.values.device
-        new = torch.cat([zero.expand(n) if p is None else p.to(device) for p, n in zip(parts, self._sizes, strict=True)]).float()
-        grad = self.values.grad = new if self.values.grad is None else self.values.grad.add_(new)
-        group = torch.distributed
+        zero, group = torch.zeros((), device=self.values.device), torch.distributed
+        new = [zero.expand(n) if p is None else p.to(zero.device) for p, n in zip(parts, self._sizes, strict=True)]
+        grad, new = self.values.grad, torch.cat(new).float()
+        grad = self.values.grad = new if grad is None else grad.add_(new)
         if self._attached and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
             group.all_reduce(grad)  # what earlier passes left is the same everywhere: so is its mean
             grad /= group.get_world_size()
@@ -167,10 +164,9 @@ class APET:
             write_entries(weight, index, numbers)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """write() after each optimizer.step(), until remove(); then values.grad = None. model.zero_grad() clears it, too.
+        """write() and values.grad = None after each optimizer.step(), until remove(); model.zero_grad() clears it, too.
 
-        Under a process group, every backward pass from now on ends with the mean of values.grad over the processes.
-        """
+        Under a process group, every backward pass ends with the mean of values.grad over the processes."""
 
         def after_step(*_: object) -> None:
             self.write()
@@ -271,14 +267,15 @@ class Pending:
         self.size, self.factors = 0, []
 
     def sampled_sums(self, e: Entries, dy: Tensor, x: Tensor) -> Tensor:
-        """(tokens, rows), (tokens, columns kept) -> (k,): for many entries, rows and columns are laid out first."""
+        """(..., rows), (..., columns kept) -> (k,): for many entries, rows and columns are laid out first."""
+        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if e.number not in self.tables:
             ends, zeros = pad(e.row.bincount(minlength=dy.shape[1]).cumsum(0), (1, 0)), torch.zeros(len(e.row), device=dy.device)
             with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
                 warnings.simplefilter("ignore")
                 self.tables[e.number] = torch.sparse_csr_tensor(ends, e.column, zeros, size=(dy.shape[1], x.shape[1]))
-        columns_of_x = x.t().contiguous().float()
-        return torch.sparse.sampled_addmm(self.tables[e.number], dy.t().float(), columns_of_x.t(), beta=0.0).values()
+        x = x.t().contiguous().t().float()
+        return torch.sparse.sampled_addmm(self.tables[e.number], dy.t().float(), x, beta=0.0).values()
 
 
 class Link(torch.autograd.Function):
@@ -332,9 +329,7 @@ class LinearEntries(torch.autograd.Function):
             if pending.size > pending.most:
                 pending.sum_up()
         elif e.sampled:
-            pending.brought.append(
-                (e.number, pending.sampled_sums(e, dy.reshape(-1, dy.shape[-1]), kept.reshape(-1, kept.shape[-1])))
-            )
+            pending.brought.append((e.number, pending.sampled_sums(e, dy, kept)))
         else:  # a part of the entries at a time
             column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
             parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
@@ -381,12 +376,10 @@ class TunedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         e = getattr(self, "tuned", None)
-        if e is None or self.weight is not e.weight or not torch.is_grad_enabled():
+        if e is None or self.weight is not e.weight or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return linear(input, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return LinearEntries.apply(input, self.bias, e.piece, e)
-        if torch._C._are_functorch_transforms_active():
-            return linear(input, self.weight, self.bias)
         return apply_linear(input, self.bias, e.link, e)
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # copies are plain layers, by deepcopy and by pickle
@@ -397,10 +390,10 @@ class TunedEmbedding(nn.Embedding):
     """The same for nn.Embedding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        e, compiling = getattr(self, "tuned", None), torch.compiler.is_compiling()
-        if e is None or self.weight is not e.weight or not torch.is_grad_enabled():
+        e = getattr(self, "tuned", None)
+        if e is None or self.weight is not e.weight or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        return EmbeddingEntries.apply(input, self.padding_idx, e.piece if compiling else e.link, e)
+        return EmbeddingEntries.apply(input, self.padding_idx, e.piece if torch.compiler.is_compiling() else e.link, e)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return object.__new__, (nn.Embedding,), {name: value for name, value in vars(self).items() if name != "tuned"}
@@ -436,7 +429,7 @@ def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
             layers.setdefault(id(m.weight), []).append(m)
     chosen: dict[int, list[tuple[nn.Module, Entries, bool]]] = {}
     for number, (weight, index) in enumerate(zip(apet._weights, apet._indices, strict=True)):
-        if id(weight) in layers and backend != "hook" and weight is not apet._waited_for:
+        if id(weight) in layers and backend != "hook" and not (apet._in_group and weight is apet._smallest):
             made = [(m, *choose_entries(m, number, weight, index)) for m in layers[id(weight)]]
             if backend == "gather" or any(cheaper for _, _, cheaper in made):
                 chosen[number] = made
@@ -511,7 +504,7 @@ def select_positions(
     batches: for "gradient": keyword arguments of the model, labels included, or functions that return a loss.
 
     Memory is O(budget), also for a model on the meta device, but for "magnitude" (a copy of one tensor at a time) and
-    "gradient" (a squared gradient of all candidates). Raises ValueError for what can't be chosen.
+    "gradient" (gradients of all candidates, and their squares). Raises ValueError for what can't be chosen.
     """
     if isinstance(mask, Mapping):
         return _own_positions(model, budget, mask)
@@ -683,23 +676,20 @@ def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches
     batches = list(batches) if isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor)) else []
     if not batches or not all(callable(b) or isinstance(b, Mapping) for b in batches):
         raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
-    sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in params}
-
-    def add(p: nn.Parameter) -> None:
-        sums[p] += p.grad.float().square()
-        p.grad = None
-
-    with contextlib.ExitStack() as undo:
-        for p in model.parameters():
-            undo.callback(setattr, p, "grad", p.grad)
-            undo.callback(p.requires_grad_, p.requires_grad)
-            p.grad = None
-            p.requires_grad_(p in sums)
-        for p in sums:
-            undo.callback(p.register_post_accumulate_grad_hook(add).remove)
+    sums, flags = [torch.zeros_like(p, dtype=torch.float32) for p in params], [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for p in params:
+            p.requires_grad_(True)
         for batch in batches:
-            (batch() if callable(batch) else model(**batch).loss).backward()
-    return list(sums.values())
+            loss = batch() if callable(batch) else model(**batch).loss
+            for total, grad in zip(sums, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+                if grad is not None:
+                    total += grad.float().square()
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+    return sums
 
 
 def _own_positions(model: nn.Module, budget: Budget, mask: Mapping) -> dict[str, Tensor]:
