@@ -64,8 +64,8 @@ class APET:
     The model is frozen but keeps its modules, forward, dtype and device; move it to its device first. Every entry outside
     `positions` stays bit-identical. `values.grad` accumulates over backward passes as any parameter's.
     model, budget, mask, seed, where, batches: see `select_positions`; without a budget, 10,000 scalars or all of an own mask.
-    backend: "hook": autograd forms the dense gradient of each touched parameter, one at a time; it is gathered from and dropped.
-        "gather": for nn.Linear and nn.Embedding the chosen entries alone are computed; the rest as "hook". "auto": the cheaper.
+    backend: "hook": autograd forms each touched parameter's dense gradient, one at a time; its chosen entries are copied, the rest
+        is freed. "gather": of nn.Linear and nn.Embedding only the chosen entries are computed; others by "hook". "auto": the faster
     values: fp32 nn.Parameter of shape (budget,), in the order of `positions`; on the first touched parameter's device.
     positions: {parameter name: sorted int64 flat indices}. Raises ValueError for wrong arguments.
     """
@@ -75,7 +75,7 @@ class APET:
         backend: str = "auto", batches: Batches = None,
     ):  # fmt: skip
         one_of(backend, ("auto", "hook", "gather"), "backend")
-        if isinstance(model, nn.parallel.DistributedDataParallel):  # it waits for gradients of all that it was made with
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # it would wait for the gradients of what is frozen now
             model.require_backward_grad_sync = False
             model = model.module
         if model in TUNED:
@@ -90,9 +90,9 @@ class APET:
         self._indices = [index.to(w.device) for w, index in zip(self._weights, self.positions.values(), strict=True)]
         self._pretrained = [w.detach().take(index) for w, index in zip(self._weights, self._indices, strict=True)]
         self._sizes = [len(index) for index in self._indices]
-        self.values = nn.Parameter(torch.cat([n.to(self._weights[0].device, torch.float32) for n in self._pretrained]))
+        self.values = nn.Parameter(torch.cat([p.to(self._weights[0].device, torch.float32) for p in self._pretrained]))
         self._passes: dict[int, list[tuple[int, Tensor]]] = {}  # of each running backward pass, (number of the tensor, gradient)
-        self._attached, self._smallest, self._mark = False, min(self._weights, key=Tensor.numel), None
+        self._attached, self._smallest, self._sentinel = False, min(self._weights, key=Tensor.numel), None
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
         TUNED.add(model)
         self._undo.callback(TUNED.discard, model)
@@ -106,7 +106,7 @@ class APET:
             self._undo.callback(weight.register_post_accumulate_grad_hook(hook).remove)
         self._owner = model.get_submodule(next(iter(self.positions)).rpartition(".")[0])
         self._in_group = "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if self._in_group:  # DDP, should it be put around the model, needs a parameter to wait for: the smallest, on the hook path
+        if self._in_group:  # DDP around the model shall wait for one parameter, which takes the hook path, and see no other
             everything = model.named_parameters(remove_duplicate=False)
             model._ddp_params_and_buffers_to_ignore = [name for name, p in everything if p is not self._smallest]
             self._undo.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
@@ -114,17 +114,17 @@ class APET:
 
     def _take(self, number: int, index: Tensor, weight: Tensor) -> None:
         """Autograd has formed a weight's dense gradient: gather the chosen entries, and drop it."""
-        if (grad := weight.grad) is not None:  # as it is where a compiled model calls the hook
+        if (grad := weight.grad) is not None:  # None where a compiled model calls the hook
             self._running_pass().append((number, (grad.to_dense() if grad.is_sparse else grad).take(index)))
             weight.grad = None
 
     def _running_pass(self) -> list[tuple[int, Tensor]]:
         """What the running backward pass has brought so far; `_finish` adds it to values.grad when the pass ends."""
         task = torch._C._current_graph_task_id()
-        if (brought := self._passes.get(task)) is None:  # autograd runs a thread for each device: one list for all
-            if self._mark is not None and not self._passes and self._smallest.grad is not self._mark:
-                self.values.grad = None  # model.zero_grad() was called, for the mark is gone
-            brought = self._passes.setdefault(task, [])
+        if (brought := self._passes.get(task)) is None:
+            if self._sentinel is not None and not self._passes and self._smallest.grad is not self._sentinel:
+                self.values.grad = None  # model.zero_grad() has taken the sentinel, see _finish
+            brought = self._passes.setdefault(task, [])  # autograd runs a thread for each device: the first one's list
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
         return brought
 
@@ -135,20 +135,20 @@ class APET:
         parts: list[Tensor | None] = [None] * len(self._sizes)
         for number, part in brought:
             parts[number] = part if parts[number] is None else parts[number] + part
-        zero, group = torch.zeros((), device=self.values.device), torch.distributed
+        zero, dist = torch.zeros((), device=self.values.device), torch.distributed
         new = [zero.expand(n) if p is None else p.to(zero.device) for p, n in zip(parts, self._sizes, strict=True)]
         grad, new = self.values.grad, torch.cat(new).float()
         grad = self.values.grad = new if grad is None else grad.add_(new)
-        if self._attached and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
-            group.all_reduce(grad)  # what earlier passes left is the same everywhere: so is its mean
-            grad /= group.get_world_size()
-        if self._attached:  # Trainer calls model.zero_grad(), which knows no values: a gradient of zeros will tell
-            self._smallest.grad = self._mark = torch.zeros_like(self._smallest)
+        if self._attached and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(grad)  # what earlier passes left is equal on all processes: the mean keeps it
+            grad /= dist.get_world_size()
+        if self._attached:  # Trainer calls model.zero_grad(), which can't see `values`: these zeros will be gone
+            self._smallest.grad = self._sentinel = torch.zeros_like(self._smallest)
 
     @torch.no_grad()
     def write(self) -> None:
         """values -> the model's weights, in their dtype. Call it after each optimizer step, or `attach` the optimizer."""
-        if not any(p is self._weights[0] for p in self._owner._parameters.values()):
+        if not any(p is self._weights[0] for p in self._owner._parameters.values()):  # the first stands for all
             raise UserError("the model's parameters were replaced (by FSDP, or by loading with assign=True)")
         self._passes.clear()  # of a backward pass that failed
         cast: dict[tuple, tuple] = {}  # once for each device and dtype, not for each tensor
@@ -170,11 +170,13 @@ class APET:
 
         def after_step(*_: object) -> None:
             self.write()
-            self.values.grad = self._smallest.grad = self._mark = None
+            self.values.grad = self._smallest.grad = self._sentinel = None
 
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper
+        if not any(p is self.values for group in optimizer.param_groups for p in group["params"]):
+            raise UserError("this optimizer does not hold apet.values: make it with [apet.values]")
         self._attached = True
         self._undo.callback(setattr, self._smallest, "grad", None)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper
         self._undo.callback(optimizer.register_step_post_hook(after_step).remove)
 
     def remove(self) -> None:
@@ -193,10 +195,10 @@ class APET:
 
 def write_entries(weight: Tensor, index: Tensor, numbers: Tensor) -> None:
     """weight.flatten()[index] = numbers, in place."""
-    if torch.are_deterministic_algorithms_enabled():  # put_ has no such form
-        weight.copy_(weight.flatten().index_copy_(0, index, numbers).view_as(weight))
+    if torch.are_deterministic_algorithms_enabled():  # put_ is not, on a GPU
+        weight.copy_(weight.flatten().index_copy_(0, index, numbers.to(weight.dtype)).view_as(weight))
     else:
-        weight.put_(index, numbers)
+        weight.put_(index, numbers.to(weight.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,13 +496,14 @@ def select_positions(
     Names and order are those of `model.named_parameters()`: a shared (tied) parameter counts once, by identity. The choice
     depends on the model's shapes and the arguments alone ("magnitude", "gradient": on weights, too), on no machine or device.
 
-    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars; or a method's name ("lora",
-        "adapter", "prompt", "bitfit"): as many as that method trains on this model.
+    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars, whatever `where` says; or a method's
+        name ("lora", "adapter", "prompt", "bitfit"): as many as that method trains on this model.
     mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact
         count (a matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long
         as they fit, the next one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches`
         (equal scores: the first); or the caller's own {name: flat indices}, when `budget` may be None.
-    where: a key of WHERE, "layers:0-3", or a regular expression searched for in the parameter names.
+    where: "all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder", "layers:0-3", or a regular expression
+        searched for in the parameter names.
     batches: for "gradient": keyword arguments of the model, labels included, or functions that return a loss.
 
     Memory is O(budget), also for a model on the meta device, but for "magnitude" (a copy of one tensor at a time) and
@@ -562,13 +565,14 @@ def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
             numbers = {n: re.search(r"(?:^|\.)(?:block|blocks|layer|layers|h)\.(\d+)\.", n) for n in params}
             found = [n for n, i in numbers.items() if i and int(layers[1]) <= int(i[1]) <= int(layers[2] or layers[1])]
         else:
-            found = [n for n in params if re.search(where or "(", n)]
+            found = [n for n in params if re.search(where, n)] if where or where is None else []
     except (re.error, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as e:
         known = f"none of {', '.join(WHERE)}, layers:0-3 and no regular expression"
         raise UserError(f"where={repr(where)[:60]} is {known} ({str(e)[:80]})") from None
     if not found:
         some = ", ".join(list(params)[:: max(1, len(params) // 8)])
-        raise UserError(f"where={repr(where)[:60]} names no parameter; there are {len(params)} to tune, such as {some}")
+        close = "".join(f"; did you mean {w!r}?" for w in difflib.get_close_matches(str(where)[:60].lower(), WHERE, n=1))
+        raise UserError(f"where={repr(where)[:60]} names no parameter; there are {len(params)} to tune, such as {some}{close}")
     return {n: params[n] for n in found}
 
 
@@ -587,6 +591,8 @@ def parse_budget(budget: Budget, model: nn.Module) -> int:
     """The number of scalars that `budget` means on this model (see `select_positions`)."""
     total, text = sum(p.numel() for p in candidates(model).values()), str(budget).strip().lower()
     if text in COUNTED:
+        if "method_parameters" not in globals():
+            raise UserError(f"a budget of {text!r} needs the whole of apet.py, where that method is")
         return method_parameters(model, text)
     if text.endswith("%"):
         with contextlib.suppress(ValueError):
@@ -682,7 +688,8 @@ def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches
         for p in params:
             p.requires_grad_(True)
         for batch in batches:
-            loss = batch() if callable(batch) else model(**batch).loss
+            if (loss := batch() if callable(batch) else model(**batch).loss) is None:
+                raise UserError('mask="gradient": a batch gives no loss; it must hold labels')
             for total, grad in zip(sums, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
                 if grad is not None:
                     total += grad.float().square()
@@ -734,7 +741,7 @@ def save_delta(apet: APET, file: str | os.PathLike, more: Mapping[str, Tensor], 
     wide = max(w.numel() for w in apet._weights) > 2**31 - 1
     indices = torch.cat(list(apet.positions.values())).to(torch.int64 if wide else torch.int32)
     packed = b64encode(compress(json.dumps(layout).encode(), 9)).decode()
-    about = {"format": "apet 1", "layout": packed, **apet.about, **about}
+    about = {**apet.about, **about, "format": "apet 1", "layout": packed}
     save_tensors({**more, "values": apet.values, "indices": indices}, file, about)
 
 
@@ -802,6 +809,7 @@ def write_file(file: str | os.PathLike, write: Callable[[str], object]) -> None:
     """`write` a temporary file in the same folder, then rename it: whoever reads sees all of it or nothing."""
     temporary = f"{os.path.abspath(file)}.{os.getpid()}.tmp"
     try:
+        open(temporary, "wb").close()  # a folder that can't be written to is known at once
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
