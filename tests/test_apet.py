@@ -481,3 +481,28 @@ def test_a_type_checker_knows_the_public_surface(tmp_path):
     assert fine.returncode == 0, fine.stdout + fine.stderr
     for line in MISUSE:
         assert check(f"{USE}\n\ndef misuse(model: torch.nn.Module) -> None:\n    {line}\n").returncode == 1, line
+
+
+def test_import_needs_no_module_that_windows_lacks(tmp_path):
+    code = (
+        "import sys, torch; sys.modules |= dict.fromkeys(('resource', 'fcntl')); sys.path.insert(0, sys.argv[1]); import apet; "
+        "a = apet.APET(torch.nn.Linear(4, 3), 2); a.save('delta'); assert apet.peak_memory('cpu') >= 0"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "os.kill(" not in (ROOT / "apet.py").read_text()  # which would end the process on Windows
+
+
+def test_an_optimizer_without_values_is_an_error_and_restore_follows_a_change_of_type():
+    model = torch.nn.Linear(4, 3)
+    apet = APET(model, 5)
+    with pytest.raises(ValueError, match=r"does not hold apet\.values"):
+        apet.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    before = {n: p.detach().bfloat16() for n, p in model.named_parameters()}
+    model.bfloat16()
+    with torch.no_grad():
+        apet.values += 1
+    apet.write()
+    assert not same(before, bits(model))
+    apet.restore()
+    assert same(before, bits(model))
