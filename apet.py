@@ -211,15 +211,15 @@ def write_entries(weight: Tensor, index: Tensor, numbers: Tensor) -> None:
 # So forward keeps the chosen columns of x, backward takes the chosen columns of dy, and no dense gradient is formed. The
 # layer's class is changed for one whose forward does so; wherever else its weight may be used, APET._take does its work.
 
-# The cost of a linear layer's gradient, in multiply-adds for each token. The dense product has rows x columns. entry: one of
-# the sum above; dot: the same where rows and columns are laid out first, at `line` for each; call: host time of the layer.
-# CPU: measured by tests/bench.py --paths. CUDA: bandwidth against bf16 FLOPs of an H100, by arithmetic; not yet measured.
+# The cost of a linear layer's gradient, in multiply-adds for each token; the dense product's is rows x columns. entry: one of the
+# sum above; dot: the same where rows and columns are laid out first, at `line` for each; call: host time beyond the hook path's.
+# CPU: measured by tests/bench.py --paths. CUDA: arithmetic, not measured yet: an H100 at 4,096 tokens makes 70,000 multiply-adds
+# for each token in a microsecond (bf16), a layer's host time is 20 microseconds longer (bench.py --host), an entry costs two cache
+# lines for each token.
 COST = {
     "cpu": dict(entry=80, dot=4, line=100, call=4_000),
-    "cuda": dict(entry=2_000, dot=math.inf, line=500, call=200_000),
+    "cuda": dict(entry=2_000, dot=math.inf, line=500, call=1_400_000),
 }
-
-
 FEW = 2048  # entries that are summed at a time: tokens x entries numbers are a layer's largest temporary
 
 
