@@ -1356,13 +1356,11 @@ def find_model(name: str) -> str:
 @functools.cache
 def hub_answers() -> bool:
     """Whether the hub can be reached, asked once, for 3 seconds; if not, its libraries are told to read their cache alone."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, logging
+    from huggingface_hub import constants, utils
 
-    logging.set_verbosity_error()
+    utils.logging.set_verbosity_error()
     try:  # what is needed, not the front page; 404 and the like are answers, 500 and more would be asked again for minutes
-        answer = get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3)
-        constants.HF_HUB_OFFLINE = answer.status_code >= 500
+        constants.HF_HUB_OFFLINE = utils.get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3).status_code >= 500
     except Exception:  # of httpx, or because HF_HUB_OFFLINE is set
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
@@ -1412,8 +1410,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         if family != "encoder" and tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {args.model} has no end-of-sequence token (eos_token), which ends what is written")
         more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
-        if family == "encoder":  # its head is made anew, for these labels
-            more |= {"num_labels": len(words), "ignore_mismatched_sizes": True}
+        more |= {"num_labels": len(words), "ignore_mismatched_sizes": True} if family == "encoder" else {}  # its head is made anew
         kind = {"seq2seq": "Seq2SeqLM", "encoder": "SequenceClassification", "causal": "CausalLM"}[family]
         torch.manual_seed(0)  # for weights that the checkpoint lacks
         model, loaded = getattr(hf, f"AutoModelFor{kind}").from_pretrained(path, output_loading_info=True, **more)
@@ -1428,7 +1425,15 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     if family == "encoder":
-        check_length(args, base_of(model))
+        longest = getattr(config, "max_position_embeddings", None) or math.inf
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
+        prompt = PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
+        if args.max_source_length > (room := longest - prompt):
+            taken = f", of which the prompt takes {prompt}" if prompt else ""
+            right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
+            raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
     else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
         own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
         given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
@@ -1439,19 +1444,6 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     model = model if args.device_map else model.to(args.device)
     facts = {"path": args.model if os.path.isdir(path) else path, "revision": model_revision(args.model), "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
-
-
-def check_length(args: argparse.Namespace, base: nn.Module) -> None:
-    """UserError if an encoder has fewer places than --max-source-length and a soft prompt ask for."""
-    longest = getattr(base.config, "max_position_embeddings", None) or math.inf
-    for name, module in base.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
-    prompt = PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
-    if args.max_source_length > (room := longest - prompt):
-        taken = f", of which the prompt takes {prompt}" if prompt else ""
-        right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
-        raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -1519,8 +1511,7 @@ class Coder:
             raise UserError(f"the tokenizer's {token!r} (number {most}) is beyond the model's {self.rows:,} embeddings")
 
         def pad(rows: list[list[int]], value: int) -> Tensor:
-            fill = [[value] * (max(map(len, rows)) - len(row)) for row in rows]
-            made = torch.tensor([f + r if causal else r + f for r, f in zip(rows, fill, strict=True)])
+            made = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, "left" if causal else "right")
             return (made.pin_memory() if cuda else made).to(device, non_blocking=cuda)  # waits for nothing that a GPU still does
 
         rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)] if causal and targets else sources
