@@ -827,7 +827,6 @@ def write_file(file: str | os.PathLike, write: Callable[[str], object]) -> None:
 
 import csv
 import hashlib
-import http.client
 import inspect
 import itertools
 import platform
@@ -838,8 +837,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
-import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -1331,31 +1328,25 @@ def baselines(data: Data) -> dict[str, float]:
 # Models
 # ----------------------------------------------------------------------------------------------------------------------
 
-TOY_MODELS = ("toy-tiny", "toy-small", "toy-base", "toy-large")
-HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
-SHORT = {f"t5-{size}": f"google-t5/t5-{size}" for size in ("small", "base", "large", "3b", "11b")}
-SHORT |= {f"t5-v1_1-{size}": f"google/t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")}
-SHORT |= {f"t5-{size}-lm-adapt": f"google/t5-{size}-lm-adapt" for size in ("small", "base", "large", "xl", "xxl")}
+TOY_MODELS = {f"toy-{size}": os.path.join(TOY, "models", size) for size in ("tiny", "small", "base", "large")}
+SHORT = TOY_MODELS | {f"t5-{size}": f"google-t5/t5-{size}" for size in ("small", "base", "large", "3b", "11b")}
+SHORT |= {f"t5-{n}": f"google/t5-{n}" for s in ("small", "base", "large", "xl", "xxl") for n in (f"v1_1-{s}", f"{s}-lm-adapt")}
 SHORT |= {f"bloom-{size}": f"bigscience/bloom-{size}" for size in ("560m", "1b1", "1b7", "3b", "7b1")}
-SHORT |= {f"bert-{size}": f"google-bert/bert-{size}-uncased" for size in ("base", "large")}
-SHORT |= {f"bert-{size}-{case}": f"google-bert/bert-{size}-{case}" for size in ("base", "large") for case in ("cased", "uncased")}
-SHORT |= {  # Turc et al., 2019
-    f"bert-{size}": f"google/bert_uncased_L-{layers}_H-{width}_A-{width // 64}"
-    for size, layers, width in (("tiny", 2, 128), ("mini", 4, 256), ("small", 4, 512), ("medium", 8, 512))
-}
+SHORT |= {f"bert-{n}{c}": f"google-bert/bert-{n}{c or '-uncased'}" for n in ("base", "large") for c in ("", "-cased", "-uncased")}
+TURC = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-8", "medium": "L-8_H-512_A-8"}  # et al., 2019
+SHORT |= {f"bert-{size}": f"google/bert_uncased_{shape}" for size, shape in TURC.items()}
+HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def find_model(name: str) -> str:
     """The folder or hub id that a name stands for."""
-    if name in TOY_MODELS:
-        path = os.path.join(TOY, "models", name.removeprefix("toy-"))
-        if not os.path.isdir(path):
-            raise UserError(f"{name} lies in tests/toy beside apet.py, which is not there; name another --model")
+    path = SHORT.get(name, name)
+    if os.path.isdir(path) or HUB_ID.fullmatch(path):
         return path
-    if name in SHORT or os.path.isdir(name) or HUB_ID.fullmatch(name):
-        return SHORT.get(name, name)
-    close = difflib.get_close_matches(name, [*TOY_MODELS, *SHORT], n=1)
+    if name in TOY_MODELS:
+        raise UserError(f"{name} lies in tests/toy beside apet.py, which is not there; name another --model")
+    close = difflib.get_close_matches(name, SHORT, n=1)
     hint = f"did you mean {close[0]}?" if close else "a local folder, namespace/name on the hub, or one of " + ", ".join(SHORT)
     raise UserError(f"unknown model {name!r}: {hint}")
 
@@ -1363,17 +1354,12 @@ def find_model(name: str) -> str:
 @functools.cache
 def hub_answers() -> bool:
     """Whether the hub can be reached, asked once, for 3 seconds; if not, its libraries are told to read their cache alone."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import logging
+    from huggingface_hub import constants, utils
 
-    logging.set_verbosity_error()
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3).close()  # what is needed, not the front page
-    except urllib.error.HTTPError as e:
-        constants.HF_HUB_OFFLINE = e.code >= 500  # which would be asked again for minutes; 404 and the like are answers
-    except (OSError, ValueError, http.client.HTTPException):
+    utils.logging.set_verbosity_error()
+    try:  # what is needed, not the front page; 404 and the like are answers, 500 and more would be asked again for minutes
+        constants.HF_HUB_OFFLINE = utils.get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3).status_code >= 500
+    except Exception:  # of httpx, or because HF_HUB_OFFLINE is set
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
 
@@ -1384,124 +1370,86 @@ def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
         return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
     if "trust_remote_code" in str(error):
         return f"{what} {name} brings code of its own (auto_map in its config.json), which is never run; take one that needs none"
-    hidden = any(text in str(error) for text in ("Can't load the", "while generating"))  # what is wrong then stands in its cause
-    cause = (error.__cause__ or error.__context__) if hidden else None
-    return f"can't load {what} {name}: {' '.join(str(cause or error).split())[:300]}"
-
-
-def folder_revision(folder: str) -> str:
-    """Of a local model: from the sizes and the ends of its files, as reading all of a large one takes minutes."""
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((".json", ".safetensors", ".bin", ".model", ".txt")):
-            with open(os.path.join(folder, name), "rb") as f:
-                size = f.seek(0, os.SEEK_END)
-                digest.update(f"{name} {size} ".encode())
-                for start in (0, max(0, size - (1 << 20))):
-                    f.seek(start)
-                    digest.update(f.read(1 << 20))
-    return f"sha256:{digest.hexdigest()[:16]}"
+    if re.search("Can't load the|while generating", str(error)):  # what is wrong then stands in its cause
+        error = error.__cause__ or error.__context__ or error
+    return f"can't load {what} {name}: {' '.join(str(error).split())[:300]}"
 
 
 def model_revision(name: str) -> str:
-    """Of a local folder, or the commit of the hub that is in the cache; "?" if none is."""
+    """Of a folder: by the sizes and ends of its files, as reading all takes minutes. Of the hub: the cached commit, or "?"."""
     path = find_model(name)
     if os.path.isdir(path):
-        return folder_revision(path)
+        files = sorted(f for f in Path(path).iterdir() if f.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"))
+        return f"sha256:{hash_files(files, 1 << 20)[:16]}"
     from huggingface_hub import try_to_load_from_cache
 
     found = re.search(r"snapshots.([0-9a-f]{40})", str(try_to_load_from_cache(path, "config.json")))
     return found[1] if found else "?"
 
 
-def family_of(config: object) -> str:
-    """seq2seq (T5), encoder (BERT: a classification head is added) or causal (BLOOM)."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
-
-    if config.is_encoder_decoder:
-        return "seq2seq"
-    return "encoder" if config.model_type in ENCODERS else "causal"
-
-
 def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Module, object, dict]:
     """(model in training mode, tokenizer, facts for the result). UserError if it can't be had."""
     path = find_model(args.model)
+    online = os.path.isdir(path) or hub_answers()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
-    local = os.path.isdir(path)
-    online = local or hub_answers()
     import transformers as hf
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
     try:
         config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False)  # the default asks on stdin
-        family = family_of(config)
+        family = "seq2seq" if config.is_encoder_decoder else "encoder" if config.model_type in ENCODERS else "causal"
         if family == "encoder" and not words:
             raise UserError(f"{args.model} is an encoder: it can classify, but not write the text that {args.task} asks for")
         tokenizer = hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        check_tokenizer(args.model, tokenizer, family)
+        if not re.search(r"\w", tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)):
+            raise UserError(f"{args.model} has no tokenizer, or one that knows no words: tokenizer.json belongs beside config.json")
+        if family != "encoder" and tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {args.model} has no end-of-sequence token (eos_token), which ends what is written")
         more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
-        if family == "encoder":  # its head is made anew, for these labels
-            more |= {"num_labels": len(words), "ignore_mismatched_sizes": True}
+        more |= {"num_labels": len(words), "ignore_mismatched_sizes": True} if family == "encoder" else {}  # its head is made anew
         kind = {"seq2seq": "Seq2SeqLM", "encoder": "SequenceClassification", "causal": "CausalLM"}[family]
         torch.manual_seed(0)  # for weights that the checkpoint lacks
         model, loaded = getattr(hf, f"AutoModelFor{kind}").from_pretrained(path, output_loading_info=True, **more)
-    except UserError:
-        raise
     except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
-        raise UserError(hub_trouble("the model", path, online, e)) from None
-    inside = {id(p) for p in base_of(model).parameters()}
-    base = {n for n, p in model.named_parameters() if id(p) in inside}
-    if wrong := base & {entry[0] for entry in loaded["mismatched_keys"]}:
+        raise e if isinstance(e, UserError) else UserError(hub_trouble("the model", path, online, e)) from None
+    inside = f"{model.base_model_prefix}." if family == "encoder" else ""
+    if wrong := [name for name, *shapes in loaded["mismatched_keys"] if name.startswith(inside)]:
         raise UserError(f"{args.model}: {min(wrong)} has another shape in the checkpoint than by config.json")
-    if made := sorted(base & set(loaded["missing_keys"])):
+    if made := sorted(name for name in loaded["missing_keys"] if name.startswith(inside)):
         say(f"{args.model} lacks {', '.join(made[:4])}{', ...' * (len(made) > 4)}: randomly initialized, always the same")
     tokenizer.rows = len(model.get_input_embeddings().weight)  # for Coder, which refuses tokens beyond
     if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
     if family == "encoder":
-        check_length(args, base_of(model))
+        longest = getattr(config, "max_position_embeddings", None) or math.inf
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
+        prompt = PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
+        if args.max_source_length > (room := longest - prompt):
+            taken = f", of which the prompt takes {prompt}" if prompt else ""
+            right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
+            raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
     else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
         own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
         given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
-        model.generation_config = hf.GenerationConfig(**own)
-        if family == "seq2seq":
-            model.generation_config.decoder_start_token_id = next(i for i in given if i is not None)
+        start = next(i for i in given if i is not None) if family == "seq2seq" else None
+        model.generation_config = hf.GenerationConfig(decoder_start_token_id=start, **own)
     if args.export and "bitfit" in args.method and not own_biases(base_of(model)):
         raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
-    if not args.device_map:
-        model.to(args.device)
-    facts = {"path": args.model if local else path, "revision": model_revision(args.model), "family": family}
+    model = model if args.device_map else model.to(args.device)
+    facts = {"path": args.model if os.path.isdir(path) else path, "revision": model_revision(args.model), "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
-
-
-def check_tokenizer(name: str, tokenizer: object, family: str) -> None:
-    """UserError for a tokenizer that knows no words (what transformers makes up where there is none) or ends no text."""
-    if not re.search(r"\w", tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)):
-        raise UserError(f"{name} has no tokenizer, or one that knows no words: tokenizer.json belongs beside config.json")
-    if family != "encoder" and tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no end-of-sequence token (eos_token), which ends every text to be written")
-
-
-def check_length(args: argparse.Namespace, base: nn.Module) -> None:
-    """UserError if an encoder has fewer places than --max-source-length and a soft prompt ask for."""
-    longest = getattr(base.config, "max_position_embeddings", None) or math.inf
-    for name, module in base.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
-    prompt = "prompt" in (*args.method, *args.insert)
-    taken, room = f", of which the prompt takes {PROMPT_TOKENS}" * prompt, longest - prompt * PROMPT_TOKENS
-    if args.max_source_length > room:
-        right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
-        raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
     """Every dropout rate of a model, those kept as plain numbers for functional calls included (but not OPT's `layerdrop`)."""
     for module in model.modules():
+        names = "^p$" if isinstance(module, nn.Dropout) else "dropout|pdrop"
         for name, value in vars(module).items():
-            functional = re.search("dropout|pdrop", name) and type(value) in (int, float)
-            if functional or (isinstance(module, nn.Dropout) and name == "p"):
+            if type(value) in (int, float) and re.search(names, name):
                 setattr(module, name, rate)
 
 
@@ -1527,27 +1475,17 @@ class Coder:
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < self.rows)
         self.source, self.written = functools.cache(self.source), functools.cache(self.written)
 
-    def encode(self, *texts: str, **options: object) -> list[int]:
-        """Token ids; UserError for one that the model has no embedding for."""
-        ids = self.tokenizer(*texts, **options).input_ids
-        if beyond := [i for i in ids if i >= self.rows]:
-            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
-            raise UserError(f"the tokenizer's {token!r} (number {beyond[0]}) is beyond the model's {self.rows:,} embeddings")
-        return ids
-
     def source(self, example: Example) -> list[int]:
         """Too long a text is cut at its end, not the closing `Output:`."""
-        longest = self.max_source * CHARACTERS
+        longest, read, seq2seq = self.max_source * CHARACTERS, self.tokenizer, self.family == "seq2seq"
         if self.family == "encoder":
             texts = example.texts if len(example.texts) == 2 else (example.source,)
-            return self.encode(*(t[:longest] for t in texts), truncation=True, max_length=self.max_source)
-        special = self.family == "seq2seq" or self.tokenizer.bos_token_id is not None
-        text = f"Input: {example.source[:longest]}"
-        ids = self.encode(f"{text} Output:", add_special_tokens=special)
+            return read(*(t[:longest] for t in texts), truncation=True, max_length=self.max_source).input_ids
+        special = seq2seq or read.bos_token_id is not None
+        ids = read(f"Input: {example.source[:longest]} Output:", add_special_tokens=special).input_ids
         if len(ids) > self.max_source:
-            ending = "Output:" if self.family == "seq2seq" else " Output:"
-            end = self.encode(ending, add_special_tokens=False) + ids[-1:] * (self.family == "seq2seq")
-            ids = self.encode(text, add_special_tokens=special)[: self.max_source - len(end)] + end
+            end = read("Output:" if seq2seq else " Output:", add_special_tokens=False).input_ids + ids[-1:] * seq2seq
+            ids = ids[: self.max_source - len(end)] + end
         return ids
 
     def target(self, example: Example) -> list[int]:
@@ -1557,60 +1495,45 @@ class Coder:
         """What the tokenizer makes of a text to be written (BART: <s> first); it ends in the end of sequence, when cut, too."""
         special, end = self.family == "seq2seq", self.tokenizer.eos_token_id
         cut = (text if special else f" {text}")[: self.max_target * CHARACTERS]
-        ids = self.encode(text_target=cut, add_special_tokens=special)
-        ids = ids[:-1] if special and ids[-1] == end else ids
-        return [*ids[: self.max_target - 1], end]
+        ids = self.tokenizer(text_target=cut, add_special_tokens=special).input_ids
+        return [*(ids[:-1] if ids[-1:] == [end] else ids)[: self.max_target - 1], end]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
         """input_ids and attention_mask (batch, longest); with targets, labels (batch, longest): -100 where nothing is to be learnt.
 
         causal: the labels belong to the last places. The last token of a target, which predicts nothing, is not among the inputs.
         """
+        causal, cuda = self.family == "causal", torch.device(device).type == "cuda"
+        if (most := max(itertools.chain(*sources, *(targets or [])))) >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(most)
+            raise UserError(f"the tokenizer's {token!r} (number {most}) is beyond the model's {self.rows:,} embeddings")
 
         def pad(rows: list[list[int]], value: int) -> Tensor:
-            width = max(map(len, rows))
-            fill = [[value] * (width - len(row)) for row in rows]
-            left = self.family == "causal"
-            return to_device(torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)]), device)
+            made = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, "left" if causal else "right")
+            return (made.pin_memory() if cuda else made).to(device, non_blocking=cuda)  # waits for nothing that a GPU still does
 
-        rows = sources
-        if self.family == "causal" and targets is not None:
-            rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)]
+        rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)] if causal and targets else sources
         out = {"input_ids": pad(rows, self.pad), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
         if self.family == "encoder" and "token_type_ids" in self.tokenizer.model_input_names:
             sep = self.tokenizer.sep_token_id  # the second segment comes after it
             first = [s.index(sep) + 1 if sep in s else len(s) for s in sources]
             out["token_type_ids"] = pad([[0] * n + [1] * (len(s) - n) for n, s in zip(first, sources, strict=True)], 0)
-        if targets is not None:
-            out["labels"] = pad(targets, -100)
-        return out
+        return out | ({"labels": pad(targets, -100)} if targets else {})
 
 
-def to_device(tensor: Tensor, device: object) -> Tensor:
-    """From the CPU, without waiting for a GPU to be done with what it does."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor], **encoded: object) -> Tensor:
+def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
     """(batch, places): log-probability, in fp32, of each label of the batch; 0 where it is -100."""
-    batch, accepted = dict(batch), signature(type(model).forward).parameters
+    batch, accepted = dict(add_prompt(model, batch)), signature(type(model).forward).parameters
     labels = batch.pop("labels")  # not the model's business: it would compute a loss of its own
-    places = labels.shape[1]
-    if "use_cache" in accepted:
-        batch["use_cache"] = False  # it would copy keys and values
+    more = {"use_cache": False, "logits_to_keep": labels.shape[1]}  # no copies of keys; no vocabulary at every source token
+    batch |= {name: value for name, value in more.items() if name in accepted}
     if coder.family == "seq2seq":
-        before = torch.full_like(labels, model.generation_config.decoder_start_token_id)
-        before[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, coder.pad)
-        batch["decoder_input_ids"] = before
-    elif coder.family == "causal":
-        if "position_ids" in accepted:
-            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
-        if "logits_to_keep" in accepted:
-            batch["logits_to_keep"] = places  # a vocabulary of 250,000 at every source token would not fit
-    logits = model(**batch, **encoded).logits
-    logits = logits[:, None] if coder.family == "encoder" else logits[:, -places:]
+        before, start = labels[:, :-1], model.generation_config.decoder_start_token_id
+        batch["decoder_input_ids"] = nn.functional.pad(before.masked_fill(before == -100, coder.pad), (1, 0), value=start)
+    elif coder.family == "causal" and "position_ids" in accepted:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
+    logits = model(**batch).logits
+    logits = logits[:, None] if coder.family == "encoder" else logits[:, -labels.shape[1] :]
     return _rows_logp(logits.flatten(0, 1), labels.flatten().to(logits.device)).view(labels.shape)
 
 
@@ -1619,41 +1542,31 @@ def _rows_logp(logits: Tensor, labels: Tensor) -> Tensor:
     rows = max(1, LOGITS // logits.shape[1])
     if len(logits) <= rows:
         return -nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
-    from torch.utils.checkpoint import checkpoint as recomputed  # in backward
-
-    parts = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([recomputed(_rows_logp, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    again = functools.partial(torch.utils.checkpoint.checkpoint, _rows_logp, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*part) for part in zip(logits.split(rows), labels.split(rows), strict=True)])
 
 
 def loss_sum(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy summed over the targets' tokens (a sum, so that micro-batches and ranks add up exactly)."""
-    return -token_logp(model, coder, add_prompt(model, batch)).sum()
+    return -token_logp(model, coder, batch).sum()
 
 
 @torch.no_grad()
 def label_scores(model: nn.Module, coder: Coder, sources: list[list[int]], words: tuple[str, ...], device: object) -> Tensor:
     """(batch, labels): log-likelihood of each label's tokens, end of sequence included, given the source."""
+    source = add_prompt(model, coder.batch(sources, None, device))
     if coder.family == "encoder":
-        return model(**add_prompt(model, coder.batch(sources, None, device))).logits.float()
-    scores, encoded = [], {}
-    if coder.family == "seq2seq":  # the source is encoded once for all labels
-        source = add_prompt(model, coder.batch(sources, None, device))
-        encoded = {"encoder_outputs": model.get_encoder()(**source)}
-    for target in map(coder.written, words):
-        if encoded:
-            labels = to_device(torch.tensor([target]), device).expand(len(sources), -1)
-            batch = {"attention_mask": source["attention_mask"], "labels": labels}
-        else:
-            batch = add_prompt(model, coder.batch(sources, [target] * len(sources), device))
-        scores.append(token_logp(model, coder, batch, **encoded).sum(1))
-    return torch.stack(scores, dim=1)
+        return model(**source).logits.float()
+    once = {"encoder_outputs": model.get_encoder()(**source)} if coder.family == "seq2seq" else {}  # for all labels
+    batches = (coder.batch(sources, [coder.written(word)] * len(sources), device) | once for word in words)
+    return torch.stack([token_logp(model, coder, batch).sum(1) for batch in batches], dim=1)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example], batch_size: int, device: object) -> list:
     """Label numbers, or texts by greedy decoding, in the order of `examples`; batches hold sources of like length."""
     rank, world = ranks()
-    order = sorted(range(len(examples)), key=lambda i: (len(coder.source(examples[i])), i))
+    order = sorted(range(len(examples)), key=lambda i: len(coder.source(examples[i])))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
     out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
     found = []  # stays on the device until all is computed
@@ -1662,13 +1575,13 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
         for chosen in batches:
             sources = [coder.source(examples[i]) for i in chosen]
             if data.words:
-                found.append(label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True).to(device))
-                continue
-            batch = add_prompt(model, coder.batch(sources, None, device))
-            tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
-            skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
-            tokens = tokens[:, skip:].to(device)
-            found.append(nn.functional.pad(tokens, (0, coder.max_target - tokens.shape[1]), value=coder.pad))
+                tokens = label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True)
+            else:
+                batch = add_prompt(model, coder.batch(sources, None, device))
+                tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
+                skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
+                tokens = nn.functional.pad(tokens[:, skip:], (0, coder.max_target + skip - tokens.shape[1]), value=coder.pad)
+            found.append(tokens.to(device))
     finally:
         model.train()
     if found:

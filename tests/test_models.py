@@ -381,9 +381,10 @@ def test_tokens_beyond_the_embedding_are_no_trouble_until_a_text_holds_one(tmp_p
     chosen = examples(*TEXTS)
     assert math.isfinite(apet.loss_sum(model, coder, coder.batch(*encoded(coder, chosen), "cpu")).item())
     apet.predict(model, coder, apet.Data("t", (), "squad", chosen, [], chosen, {}), chosen, 3, "cpu")
-    for read in (lambda: coder.source(examples("a brandnew movie")[0]), lambda: coder.written("brandnew")):
+    source, target = coder.source(examples("a brandnew movie")[0]), coder.written("brandnew")
+    for sources, targets in (([source], None), ([source], [[5]]), ([[5]], [target])):
         with pytest.raises(apet.UserError, match=f"'brandnew' .* is beyond the model's {TOKENS} embeddings"):
-            read()
+            coder.batch(sources, targets, "cpu")
 
 
 @pytest.mark.parametrize("name, room", [("bert", 130), ("roberta", 130), ("distilbert", 130)])
