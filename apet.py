@@ -595,10 +595,13 @@ def parse_budget(budget: Budget, model: nn.Module) -> int:
             raise UserError(f"a budget of {text!r} needs the whole of apet.py, where that method is")
         return method_parameters(model, text)
     if text.endswith("%"):
-        with contextlib.suppress(ValueError):
-            if 0 < float(text[:-1]) <= 100:
-                return parse_count(round(float(text[:-1]) * total / 100), f"the budget {text[:60]} of {total:,} scalars")
-        raise UserError(f"the budget {text[:60]} must be above 0% and at most 100%, and a scalar at least ({total:,} in all)")
+        try:
+            share = float(text[:-1])
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 100:
+            raise UserError(f"the budget {text[:60]} must be above 0% and at most 100%")
+        return parse_count(round(share * total / 100), f"the budget {text[:60]} of {total:,} scalars")
     k = parse_count(budget, f"the budget (a share such as 0.1% or a method, {', '.join(COUNTED)}, will do, too)")
     if k > total:
         raise UserError(f"a budget of {k:,} is above the {total:,} scalars of this model")
