@@ -869,10 +869,11 @@ def method_layers(model: nn.Module, method: str) -> dict[str, nn.Module]:
             raise UserError(f"prompt: {type(model).__name__} reads no tokens, before which a prompt could stand")
         return {"": layer}
     pattern = {"lora": QUERY_VALUE, "adapter": SUBLAYER_END, "bitfit": ""}[method]
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    if found := {n: m for n, m in linear.items() if re.search(pattern, n)}:
-        return found
-    raise UserError(f"{method} does not know the layers of {type(model).__name__}; it knows those of {FAMILIES}")
+    named = {n: m for n, m in model.named_modules() if re.search(pattern, n)}
+    found = {n: m for n, m in named.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    if not found:
+        raise UserError(f"{method} does not know the layers of {type(model).__name__}; it knows those of {FAMILIES}")
+    return found
 
 
 @torch.no_grad()
@@ -1008,7 +1009,7 @@ HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error o
 NO_LABEL = ("", "nan", "-1")  # -1 is how the hub says that a row has none
 LABEL_COLUMNS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}  # of splits, in a folder
+FILE_NAMES = {"train": "train", **dict.fromkeys(("val", "dev", "valid", "validation"), "validation"), "test": "test"}  # in a folder
 
 
 class Example(NamedTuple):
@@ -1039,7 +1040,7 @@ def load_task(args: argparse.Namespace) -> Data:
     fields, label = find_columns(task, splits)
     lists = any(isinstance(row.get(label), list) for rows in splits.values() for row in rows)
     words = names.get(label) if task.words is None else task.words
-    places = {str(i): i for i in range(len(words or ()))}  # of a label, but for those found in the data, its number will do, too
+    places = {str(i): i for i in range(len(words or ()))}  # a label may be a number, but for those that are found in the data
     if words is None:
         words = () if lists else find_words([row.get(label) for row in next(iter(splits.values()))], label)
     places = {word: i for i, word in enumerate(words)} | places
@@ -1051,7 +1052,7 @@ def load_task(args: argparse.Namespace) -> Data:
         raise UserError(f"{task.source}: {n} training examples are too few to hold some out or to train on; add rows, or a split")
     for part, size in (("report", args.eval_size), ("select", args.eval_size or HOLD_OUT), ("train", args.train_size)):
         if parts[part] is None:
-            parts[part], parts["train"] = draw(parts["train"], min(HOLD_OUT, len(parts["train"]) // 10))
+            parts[part], parts["train"] = draw(parts["train"], max(1, min(HOLD_OUT, len(parts["train"]) // 10)))
         parts[part] = draw(parts[part], size)[0]
     about = {"revision": revision, "report": report or "held out of train", "select": select or "held out of train"}
     about["sizes"] = {part: len(examples) for part, examples in parts.items()}
@@ -1156,17 +1157,16 @@ def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ..
     except Exception as e:  # of httpx, pyarrow and datasets, which share no class
         raise UserError(hub_trouble("the data set", task.source, online, e)) from None
     splits = {name: parts[name].to_list() for name in task.splits if name in parts and len(parts[name])}
-    features = next(iter(parts.values())).features
-    names = {column: tuple(kind.names) for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-    return splits, names, builder.hash
+    columns = next(iter(parts.values())).features.items()
+    return splits, {name: tuple(kind.names) for name, kind in columns if isinstance(kind, datasets.ClassLabel)}, builder.hash
 
 
 def read_local(path: str) -> tuple[dict[str, list[dict]], dict, str]:
     """({split: rows}, {}, hash) of a file (it is `train`), or of a folder with one for each split."""
     files = {"train": path}
     if os.path.isdir(path):
-        there = {split: [f"{path}/{n}{kind}" for n in names for kind in FILE_TYPES] for split, names in FILE_NAMES.items()}
-        files = {split: file for split, some in there.items() if (file := next(filter(os.path.isfile, some), None))}
+        there = ((split, f"{path}/{name}{kind}") for name, split in FILE_NAMES.items() for kind in reversed(FILE_TYPES))
+        files = {split: file for split, file in there if os.path.isfile(file)}  # of several, the last
     elif not os.path.isfile(path) or not path.endswith(FILE_TYPES):
         raise UserError(f"{path} must be a folder or a file of type {', '.join(FILE_TYPES)}, not a pipe or a device")
     splits = {split: read_rows(file) for split, file in files.items()}
@@ -1179,36 +1179,35 @@ def read_local(path: str) -> tuple[dict[str, list[dict]], dict, str]:
 def read_rows(file: str) -> list[dict]:
     """The rows of a file; whatever it holds, nothing but a UserError comes out."""
     try:
+        if file.endswith((".json", ".jsonl")):
+            text = Path(file).read_text(encoding="utf-8-sig")
+            array = text.lstrip().startswith("[")
+            rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("each row must hold named columns")
+            return rows
         if file.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
 
             content = ParquetFile(file).read()
             table = [content.column_names, *zip(*(c.to_pylist() for c in content.columns), strict=True)]
         else:
+            csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
             with open(file, encoding="utf-8-sig", newline="") as f:
-                if not file.endswith((".csv", ".tsv")):
-                    text = f.read()
-                    array = text.lstrip().startswith("[")
-                    rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
-                    if not all(isinstance(row, dict) for row in rows):
-                        raise ValueError("each row must hold named columns")
-                    return rows
-                csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
                 table = [row for row in csv.reader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True) if row]
         header, *rows = table or [[]]
         if len(header) == 1:
-            hint = "pandas.read_csv(FILE, sep=';').to_csv(NEW, index=False) makes commas of semicolons"
-            raise ValueError(f"its only column is {header[0]!r}; a .csv is separated by commas, a .tsv by tabs; {hint}")
-        if twice := [name for name in header if header.count(name) > 1]:
+            hint = "it must be separated by commas (.tsv: tabs); pandas.read_csv(FILE, sep=';').to_csv(NEW, index=False)"
+            raise ValueError(f"its only column is {header[0]!r}; {hint}")
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
             raise ValueError(f"two columns are named {twice[0]!r}")
-        if odd := [(i, len(row) > len(header)) for i, row in enumerate(rows, 1) if len(row) != len(header)]:
-            number, more = odd[0]
-            what = "more" if more else "fewer"
-            raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                what = "more" if len(row) > len(header) else "fewer"
+                raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
         return [dict(zip(header, row, strict=True)) for row in rows]
     except UnicodeDecodeError:
-        hint = "save it as 'CSV UTF-8' in Excel, or convert it: iconv -f WINDOWS-1252 -t UTF-8"
-        raise UserError(f"can't read {file}: it is not UTF-8; {hint}") from None
+        raise UserError(f"can't read {file}: it is not UTF-8; Excel saves 'CSV UTF-8'; or iconv -f CP1252 -t UTF-8") from None
     except Exception as e:  # of json, csv, pyarrow and the system, which share no class
         raise UserError(f"can't read {file}: {' '.join(str(e).split())[:300]}") from None
 
@@ -1245,15 +1244,13 @@ def squad(prediction: str, answer: str) -> tuple[float, bool]:
 
 def baselines(data: Data) -> dict[str, float]:
     """The score without reading the input: a random guess, and training's most frequent target, always."""
-    pool, pick = [e.target for e in data.train or data.report], random.Random(0)
+    pool, pick, n = [e.target for e in data.train or data.report], random.Random(0), len(data.report)
     often = Counter(pool).most_common(1)[0][0]
-
-    def score(guesses: list) -> float:
-        return next(iter(measure(data.metric, guesses, data.report).values()))
-
+    said = {"random_guess": [pick.choice(pool) for _ in range(n)], "majority": [often] * n}
     if data.words:
-        return {"random_guess": 1 / len(data.words), "majority": score([data.words.index(often)] * len(data.report))}
-    return {"random_guess": score([pick.choice(pool) for _ in data.report]), "majority": score([often] * len(data.report))}
+        said = {"majority": [data.words.index(often)] * n}
+    scores = {name: next(iter(measure(data.metric, guesses, data.report).values())) for name, guesses in said.items()}
+    return {"random_guess": 1 / len(data.words)} | scores if data.words else scores
 
 
 # ----------------------------------------------------------------------------------------------------------------------
