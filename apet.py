@@ -859,22 +859,16 @@ SUBLAYER_END = (  # the linear layer that ends self-attention or feed-forward, b
 )
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of nn.Linear and of GPT-2's Conv1D, whose weight is transposed; None for anything else."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return tuple(module.weight.shape) if type(module).__name__ == "Conv1D" else None
-
-
 def method_layers(model: nn.Module, method: str) -> dict[str, nn.Module]:
-    """The layers beside which the new weights of lora, adapter, bitfit or prompt stand."""
+    """The layers beside which the new weights of lora, adapter, bitfit or prompt stand: nn.Linear, and GPT-2's Conv1D."""
     if method == "prompt":
-        found = {"": model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None}
-        if isinstance(found[""], nn.Embedding):
-            return found
-        raise UserError(f"prompt: {type(model).__name__} reads no tokens, before which a prompt could stand")
+        layer = getattr(model, "get_input_embeddings", lambda: None)()
+        if not isinstance(layer, nn.Embedding):
+            raise UserError(f"prompt: {type(model).__name__} reads no tokens, before which a prompt could stand")
+        return {"": layer}
     pattern = {"lora": QUERY_VALUE, "adapter": SUBLAYER_END, "bitfit": ""}[method]
-    found = {n: m for n, m in model.named_modules() if re.search(pattern, n) and linear_shape(m)}
+    named = {n: m for n, m in model.named_modules() if re.search(pattern, n)}
+    found = {n: m for n, m in named.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     if not found:
         raise UserError(f"{method} does not know the layers of {type(model).__name__}; it knows those of {FAMILIES}")
     return found
@@ -884,21 +878,19 @@ def method_layers(model: nn.Module, method: str) -> dict[str, nn.Module]:
 def new_weights(method: str, layer: nn.Module) -> dict[str, Tensor]:
     """The first values of what a method adds to one of its layers: without effect, but for the prompt's."""
     if method == "prompt":  # those of random tokens; by a call, as Gemma's and BART's embeddings scale what they look up
-        ids = torch.randint(layer.num_embeddings, (PROMPT_TOKENS,))
-        return {"prompt": layer(ids.to(layer.weight.device)).float()}
-    n_in, n_out = linear_shape(layer)
+        return {"prompt": layer(torch.randint(layer.num_embeddings, (PROMPT_TOKENS,)).to(layer.weight.device)).float()}
+    n_in, n_out = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape
+    if method == "bitfit":
+        return {"bias": torch.zeros(n_out)}
     if method == "lora":  # A as nn.Linear's own weight
-        a = nn.init.kaiming_uniform_(torch.empty(LORA_RANK, n_in), a=math.sqrt(5))
-        return {"A": a, "B": torch.zeros(n_out, LORA_RANK)}
-    if method == "adapter":
-        down = {"down": torch.randn(ADAPTER_WIDTH, n_out) * 0.01, "down_bias": torch.zeros(ADAPTER_WIDTH)}
-        return down | {"up": torch.zeros(n_out, ADAPTER_WIDTH), "up_bias": torch.zeros(n_out)}
-    return {"bias": torch.zeros(n_out)}
+        return {"A": nn.init.kaiming_uniform_(torch.empty(LORA_RANK, n_in), a=math.sqrt(5)), "B": torch.zeros(n_out, LORA_RANK)}
+    down = {"down": torch.randn(ADAPTER_WIDTH, n_out) * 0.01, "down_bias": torch.zeros(ADAPTER_WIDTH)}
+    return down | {"up": torch.zeros(n_out, ADAPTER_WIDTH), "up_bias": torch.zeros(n_out)}
 
 
 def method_parameters(model: nn.Module, method: str) -> int:
     """How many scalars a method trains on this model at the authors' settings."""
-    if one_of(method, COUNTED, "method") == "bitfit" and (biases := own_biases(model)):
+    if method == "bitfit" and (biases := own_biases(model)):
         return sum(p.numel() for p in biases.values())
     with torch.random.fork_rng(devices=[]):  # counting draws nothing from the caller's random numbers
         return sum(w.numel() for layer in method_layers(model, method).values() for w in new_weights(method, layer).values())
@@ -909,48 +901,42 @@ def own_biases(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if re.search(r"(^|[._])bias$", n) and not n.startswith("inserted.")}
 
 
-class Inserted(nn.Module):
-    """The new fp32 weights of a method inside `model.inserted`, and the hooks that apply them; no module is replaced.
+def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
+    """Put the methods' new fp32 weights into `model.inserted`, and hooks that apply them on its layers, which stay what they are.
 
     lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022).
     adapter: h + up(gelu(down(h))) at the end of self-attention and of feed-forward (Houlsby et al., 2019).
     bitfit: a bias for each linear layer of a model that has none (T5).
     prompt: 100 vectors before the text (Lester et al., 2021). See `add_prompt`.
     """
-
-    def __init__(self, model: nn.Module, method: str):
-        super().__init__()
-        self.method, self.handles, self.dropout = method, [], nn.Dropout(0.0)  # `set_dropout` sets its rate
+    inserted, handles = nn.ModuleDict(), []
+    for method in methods:
+        parts = {"dropout": nn.Dropout(0.0)}  # `set_dropout` sets its rate
         for name, layer in method_layers(model, method).items():
-            new = {key: nn.Parameter(w.to(layer.weight.device)) for key, w in new_weights(method, layer).items()}
-            if method == "prompt":
-                self.prompt = new["prompt"]
-                return
-            part = nn.ParameterDict(new)
-            self.add_module(name.replace(".", "_"), part)
-            self.handles.append(layer.register_forward_hook(functools.partial(self.apply_part, part)))
-
-    def apply_part(self, part: nn.Module, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        linear, new = nn.functional.linear, {key: weight.to(output.dtype) for key, weight in part.items()}
-        if self.method == "lora":
-            return output + linear(linear(self.dropout(args[0]), new["A"]), new["B"]) * (LORA_ALPHA / LORA_RANK)
-        if self.method == "adapter":
-            inner = nn.functional.gelu(linear(output, new["down"], new["down_bias"]), approximate="tanh")
-            return output + self.dropout(linear(inner, new["up"], new["up_bias"]))
-        return output + new["bias"]
+            new = nn.ParameterDict({key: w.to(layer.weight.device) for key, w in new_weights(method, layer).items()})
+            parts[name.replace(".", "_")] = new
+            if method != "prompt":
+                handles.append(layer.register_forward_hook(functools.partial(apply_new, method, new, parts["dropout"])))
+        inserted[method] = parts[""] if method == "prompt" else nn.ModuleDict(parts)
+    inserted.handles, model.inserted = handles, inserted
+    return inserted
 
 
-def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
-    """Put the new weights of the methods into `model.inserted`, where named_parameters() finds them."""
-    model.inserted = nn.ModuleDict({method: Inserted(model, method) for method in methods})
-    return model.inserted
+def apply_new(method: str, new: nn.ParameterDict, dropout: nn.Module, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """The output of a layer with what lora, adapter or bitfit make of its input or of it."""
+    linear, new = nn.functional.linear, {key: weight.to(output.dtype) for key, weight in new.items()}
+    if method == "lora":
+        return output + linear(linear(dropout(args[0]), new["A"]), new["B"]) * (LORA_ALPHA / LORA_RANK)
+    if method == "adapter":
+        inner = nn.functional.gelu(linear(output, new["down"], new["down_bias"]), approximate="tanh")
+        return output + dropout(linear(inner, new["up"], new["up_bias"]))
+    return output + new["bias"]
 
 
 def remove_inserted(model: nn.Module) -> None:
     """Undo `insert`."""
-    for new in model.inserted.values():
-        for handle in new.handles:
-            handle.remove()
+    for handle in model.inserted.handles:
+        handle.remove()
     del model.inserted
 
 
@@ -963,15 +949,12 @@ def add_prompt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     if "prompt" not in getattr(core, "inserted", {}):
         return batch
     batch, first = dict(batch), int(core is not model)
-    ids = batch.pop("input_ids")
-    embedded = core.get_input_embeddings()(ids)
-    prompt = core.inserted["prompt"].prompt.to(embedded.device, embedded.dtype).expand(len(ids), -1, -1)
-    batch["inputs_embeds"] = torch.cat([embedded[:, :first], prompt, embedded[:, first:]], dim=1)
+    embedded = core.get_input_embeddings()(batch.pop("input_ids"))
+    joined = {"inputs_embeds": (embedded, core.inserted["prompt"].prompt.to(embedded).expand(len(embedded), -1, -1))}
     for key, value in (("attention_mask", 1), ("token_type_ids", 0)):
         if key in batch:
-            new = batch[key].new_full((len(ids), PROMPT_TOKENS), value)
-            batch[key] = torch.cat([batch[key][:, :first], new, batch[key][:, first:]], dim=1)
-    return batch
+            joined[key] = (batch[key], batch[key].new_full((len(embedded), PROMPT_TOKENS), value))
+    return batch | {key: torch.cat([old[:, :first], new, old[:, first:]], dim=1) for key, (old, new) in joined.items()}
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -980,7 +963,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tasks: what is tuned for
+# Tasks and metrics: what is tuned for
 # ----------------------------------------------------------------------------------------------------------------------
 
 SPLITS, TRAIN_ONLY = ("train", "validation", "test"), ("train", None, "validation")
@@ -1024,7 +1007,7 @@ HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error o
 NO_LABEL = ("", "nan", "-1")  # -1 is how the hub says that a row has none
 LABEL_COLUMNS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-FILE_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}  # of splits, in a folder
+FILE_NAMES = {"train": "train", **dict.fromkeys(("val", "dev", "valid", "validation"), "validation"), "test": "test"}  # in a folder
 
 
 class Example(NamedTuple):
@@ -1047,43 +1030,43 @@ class Data(NamedTuple):
 
 def load_task(args: argparse.Namespace) -> Data:
     """The three splits of a task as text. UserError for what is missing or does not fit."""
-    task = find_task(args)
+    task, trains = find_task(args), not args.load and args.method != ["none"]
     local = os.path.exists(task.source) or task.source.startswith(TOY)
-    splits, names, about = read_local(task.source) if local else read_hub(task)
+    splits, names, revision = read_local(task.source) if local else read_hub(task)
+    if not splits:
+        raise UserError(f"{task.source} holds no train, validation or test file or split with rows")
     fields, label = find_columns(task, splits)
     lists = any(isinstance(row.get(label), list) for rows in splits.values() for row in rows)
     words = names.get(label) if task.words is None else task.words
-    numbered = bool(words)  # then a label may be its word's place among them
+    places = {str(i): i for i in range(len(words or ()))}  # a label may be a number, but for those that are found in the data
     if words is None:
         words = () if lists else find_words([row.get(label) for row in next(iter(splits.values()))], label)
-    metric = task.metric or ("accuracy" if words else "squad" if lists else "rouge")
-    made = {}
-    for name, rows in splits.items():
-        made[name] = to_examples(rows, fields, label, words, numbered, f"{task.source} ({name})")
-    if dropped := {name: len(rows) - len(made[name]) for name, rows in splits.items() if len(made[name]) < len(rows)}:
+    places = {word: i for i, word in enumerate(words)} | places
+    made = {s: to_examples(rows, fields, label, words, places, f"{task.source} ({s})") for s, rows in splits.items()}
+    report = next((s for s in (task.splits[2], "test", "validation") if made.get(s)), None)
+    select = task.splits[1] if made.get(task.splits[1]) and task.splits[1] != report else None
+    parts = {"train": made.get("train", []), "report": made.get(report), "select": made.get(select)}
+    if (n := len(parts["train"])) < (1 if report and select else 10) and (trains or not report):
+        raise UserError(f"{task.source}: {n} training examples are too few to hold some out or to train on; add rows, or a split")
+    for part, size in (("report", args.eval_size), ("select", args.eval_size or HOLD_OUT), ("train", args.train_size)):
+        if parts[part] is None:
+            parts[part], parts["train"] = draw(parts["train"], max(1, min(HOLD_OUT, len(parts["train"]) // 10)))
+        parts[part] = draw(parts[part], size)[0]
+    about = {"revision": revision, "report": report or "held out of train", "select": select or "held out of train"}
+    about["sizes"] = {part: len(examples) for part, examples in parts.items()}
+    if dropped := {s: n for s in splits if (n := len(splits[s]) - len(made[s]))}:
         about["rows without text or label, dropped"] = dropped
-    train, select, report = choose_splits({name: examples for name, examples in made.items() if examples}, task, about)
-    if not train and args.load is None and args.method != ["none"]:
-        raise UserError(f"{task.source} has no training split with usable rows (it has {', '.join(splits)})")
-    train, select = draw(train, args.train_size)[0], draw(select, args.eval_size or HOLD_OUT)[0]
-    report = draw(report, args.eval_size)[0]
-    about["sizes"] = {"train": len(train), "select": len(select), "report": len(report)}
-    return Data(args.task, words, metric, train, select, report, about)
+    metric = task.metric or ("accuracy" if words else "squad" if lists else "rouge")
+    return Data(args.task, words, metric, about=about, **parts)
 
 
 def find_task(args: argparse.Namespace) -> Task:
     """The row of the table, or a new one for a local file or folder or a data set of the hub; with the columns asked for."""
     name, _, config = args.task.partition(":")
-    if args.task in TASKS:
-        task = TASKS[args.task]
-    elif os.path.exists(args.task):
+    if args.task not in TASKS and os.path.exists(args.task):
         task = Task(as_text(args.task, "the name of the data"))
-    elif HUB_ID.fullmatch(name):
-        task = Task(name, config or None)
     else:
-        close = difflib.get_close_matches(args.task, TASKS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(TASKS)}, a local file or folder, or namespace/name"
-        raise UserError(f"unknown task {args.task!r}: {hint}")
+        task = Task(name, config or None) if HUB_ID.fullmatch(name) else TASKS[one_of(args.task, TASKS, "task, file or hub id")]
     if args.text_fields:
         task = task._replace(fields=tuple(args.text_fields.split(",")))
     return task._replace(label=args.label_field, words=None, metric="") if args.label_field else task
@@ -1091,18 +1074,16 @@ def find_task(args: argparse.Namespace) -> Task:
 
 def find_columns(task: Task, splits: dict[str, list[dict]]) -> tuple[tuple[str, ...], str]:
     """(text columns, label column): the task's own; else those that hold text in most rows, and one of the usual names."""
-    columns = list(dict.fromkeys(name for rows in splits.values() for row in rows for name in row))
-    there, rows = f"there are {', '.join(columns)}", next(iter(splits.values()))
-    label = task.label or next((name for name in LABEL_COLUMNS if name in columns), None)
-    if label is None:
-        raise UserError(f"{task.source}: which column is the label? --label-field NAME; {there}")
-    texts = [name for name in columns if 2 * sum(isinstance(row.get(name), str) for row in rows) > len(rows)]
+    columns, rows = dict.fromkeys(name for rows in splits.values() for row in rows for name in row), next(iter(splits.values()))
+    label = task.label or next((name for name in LABEL_COLUMNS if name in columns), "")
+    texts = (name for name in columns if 2 * sum(isinstance(row.get(name), str) for row in rows) > len(rows))
     fields = task.fields or tuple(name for name in texts if name not in (label, "", "id", "idx"))
+    if not label or not fields:
+        which = "text? --text-fields A,B" if label else "label? --label-field NAME"
+        raise UserError(f"{task.source}: which column is the {which}; there are {', '.join(columns)}")
     for name in (*fields, label):
         if as_text(name, f"{task.source}: a column's name") not in columns:
-            raise UserError(f"{task.source} has no column {name!r}; {there}")
-    if not fields:
-        raise UserError(f"{task.source}: which columns are the text? --text-fields A,B; {there}")
+            raise UserError(f"{task.source} has no column {name!r}; there are {', '.join(columns)}")
     return fields, label
 
 
@@ -1116,14 +1097,14 @@ def as_text(cell: object, where: str) -> str:
     return text
 
 
-def label_word(cell: object, where: str) -> str:
-    """The same word for "1", 1, 1.0, "1.0" and True."""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", as_text(cell, where).strip())
+def label_word(text: str) -> str:
+    """The same word for 1, 1.0 and " 1 "."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", text.strip())
 
 
 def find_words(cells: list, label: str) -> tuple[str, ...]:
     """Few distinct values are labels, in alphabetical order (numbers: in theirs); else (): a text is to be written."""
-    words = [word for cell in cells if (word := label_word(cell, f"the column {label!r}")) not in NO_LABEL]
+    words = [word for cell in cells if (word := label_word(as_text(cell, f"the column {label!r}"))) not in NO_LABEL]
     kinds = sorted(set(words), key=lambda w: (not w.isdecimal(), len(w) * w.isdecimal(), w))
     if len(kinds) == 1:
         raise UserError(f"the column {label!r} holds one value only ({kinds[0][:50]!r}): nothing to learn; --label-field NAME")
@@ -1132,26 +1113,22 @@ def find_words(cells: list, label: str) -> tuple[str, ...]:
     return tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(words) // 4)) else ()
 
 
-def to_examples(
-    rows: list[dict], fields: tuple[str, ...], label: str, words: tuple[str, ...], numbered: bool, where: str
-) -> list[Example]:
+def to_examples(rows: list, fields: tuple, label: str, words: tuple, places: dict[str, int], where: str) -> list[Example]:
     """Rows in the authors' format; those in which a text is empty or no label is there are left out."""
-    out, places = [], {word: i for i, word in enumerate(words)}
-    places |= {str(i): i for i in range(len(words))} if numbered else {}
+    out, place, empty = [], -1, NO_LABEL if words else ("",)
     for number, row in enumerate(rows, 1):
-        texts = tuple(as_text(row.get(name), f"{where}, row {number}: {name}") for name in fields)
+        here = f"{where}, row {number}"
+        texts = tuple(as_text(row.get(name), f"{here}: {name}") for name in fields)
         cells = row[label] if isinstance(row.get(label), list) else [row.get(label)]
-        answers = tuple(a for cell in cells if (a := as_text(cell, f"{where}, row {number}: {label}")).strip())
+        answers = tuple(a for cell in cells if label_word(a := as_text(cell, f"{here}: {label}")) not in empty)
         if not answers or not all(text.strip() for text in texts):
             continue
-        source = " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True)) if len(texts) > 1 else texts[0]
-        word = label_word(answers[0], where)
-        if not words:
-            out.append(Example(texts, source, answers[0], -1, answers))
-        elif word in places:
-            out.append(Example(texts, source, words[places[word]], places[word], (words[places[word]],)))
-        elif word not in NO_LABEL:
-            raise UserError(f"{where}, row {number}: the label {word[:50]!r} is none of {', '.join(words)}")
+        if words:
+            if (place := places.get(label_word(answers[0]), -1)) < 0:
+                raise UserError(f"{here}: the label {label_word(answers[0])[:50]!r} is none of {', '.join(words)}")
+            answers = (words[place],)
+        source = texts[0] if len(texts) == 1 else " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True))
+        out.append(Example(texts, source, answers[0], place, answers))
     return out
 
 
@@ -1163,27 +1140,11 @@ def draw(examples: list, size: int | None) -> tuple[list, list]:
     return [examples[i] for i in sorted(order[:size])], [examples[i] for i in sorted(order[size:])]
 
 
-def choose_splits(made: dict[str, list[Example]], task: Task, about: dict) -> tuple[list[Example], list[Example], list[Example]]:
-    """(train, select, report), what a task has no split for held out of train; `about` gets their names."""
-    report = next((name for name in (task.splits[2], "test", "validation") if name in made), None)
-    select = task.splits[1] if task.splits[1] in made and task.splits[1] != report else None
-    about |= {"report": report or "held out of train", "select": select or "held out of train"}
-    train, parts = made.get("train", []), [made.get(report), made.get(select)]
-    for i, part in enumerate(parts):
-        if part is None and len(train) < 10 and (train or i == 0):
-            raise UserError(f"{task.source}: {len(train)} training examples are too few to hold some out; add a validation split")
-        if part is None:
-            parts[i], train = draw(train, min(HOLD_OUT, len(train) // 10))
-    return train, parts[1], parts[0]
+def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ...]], str]:
+    """({split: rows}, {column: label words}, revision) of a data set of the hub; read from the cache if the hub is down."""
+    import datasets
 
-
-def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ...]], dict]:
-    """({split: rows}, {column: label words}, facts) of a data set of the hub; read from the cache if the hub is down."""
     online = hub_answers()
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("data sets of the hub need the package datasets: pip install datasets; a local file needs none") from None
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
     datasets.config.HF_HUB_OFFLINE = not online  # read once, when datasets was imported
@@ -1194,72 +1155,58 @@ def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ..
     except Exception as e:  # of httpx, pyarrow and datasets, which share no class
         raise UserError(hub_trouble("the data set", task.source, online, e)) from None
     splits = {name: parts[name].to_list() for name in task.splits if name in parts and len(parts[name])}
-    if not splits:
-        raise UserError(f"{task.source} has no split train, validation or test with rows; it has {', '.join(parts)}")
-    features = next(iter(parts.values())).features
-    names = {column: tuple(kind.names) for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-    return splits, names, {"revision": builder.hash}
+    columns = next(iter(parts.values())).features.items()
+    return splits, {name: tuple(kind.names) for name, kind in columns if isinstance(kind, datasets.ClassLabel)}, builder.hash
 
 
-def read_local(path: str) -> tuple[dict[str, list[dict]], dict, dict]:
-    """({split: rows}, {}, facts) of a file (it is `train`), or of a folder with one for each split."""
-    if path.startswith(TOY) and not os.path.isdir(path):
-        raise UserError("the toy tasks lie in tests/toy beside apet.py, which is not there; name another --task")
+def read_local(path: str) -> tuple[dict[str, list[dict]], dict, str]:
+    """({split: rows}, {}, hash) of a file (it is `train`), or of a folder with one for each split."""
     files = {"train": path}
     if os.path.isdir(path):
-        there = {split: [f"{path}/{n}{kind}" for n in names for kind in FILE_TYPES] for split, names in FILE_NAMES.items()}
-        files = {split: file for split, some in there.items() if (file := next(filter(os.path.isfile, some), None))}
-        if not files:
-            raise UserError(f"{path} holds no train, validation or test file ({', '.join(FILE_TYPES)})")
+        there = ((split, f"{path}/{name}{kind}") for name, split in FILE_NAMES.items() for kind in reversed(FILE_TYPES))
+        files = {split: file for split, file in there if os.path.isfile(file)}  # of several, the last
     elif not os.path.isfile(path) or not path.endswith(FILE_TYPES):
         raise UserError(f"{path} must be a folder or a file of type {', '.join(FILE_TYPES)}, not a pipe or a device")
     splits = {split: read_rows(file) for split, file in files.items()}
-    for split, file in files.items():
-        if not splits[split]:
-            raise UserError(f"{file} is empty: the split {split} has no rows")
-    return splits, {}, {"revision": f"sha256:{hash_files(files.values())[:16]}"}
+    if empty := [split for split, rows in splits.items() if not rows]:
+        raise UserError(f"{files[empty[0]]} is empty: the split {empty[0]} has no rows")
+    return splits, {}, f"sha256:{hash_files(files.values())[:16]}"
 
 
 def read_rows(file: str) -> list[dict]:
     """The rows of a file; whatever it holds, nothing but a UserError comes out."""
     try:
+        if file.endswith((".json", ".jsonl")):
+            text = Path(file).read_text(encoding="utf-8-sig")
+            array = text.lstrip().startswith("[")
+            rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("each row must hold named columns")
+            return rows
         if file.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
 
-            table = ParquetFile(file).read()
-            return name_cells([table.column_names, *zip(*(c.to_pylist() for c in table.columns), strict=True)])
-        with open(file, encoding="utf-8-sig", newline="") as f:
-            if file.endswith((".csv", ".tsv")):
-                csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
-                return name_cells([row for row in csv.reader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True) if row])
-            text = f.read()
-        array = text.lstrip().startswith("[")
-        rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("each row must hold named columns")
-        return rows
+            content = ParquetFile(file).read()
+            table = [content.column_names, *zip(*(c.to_pylist() for c in content.columns), strict=True)]
+        else:
+            csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
+            with open(file, encoding="utf-8-sig", newline="") as f:
+                table = [row for row in csv.reader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True) if row]
+        header, *rows = table or [[]]
+        if len(header) == 1:
+            hint = "it must be separated by commas (.tsv: tabs); pandas.read_csv(FILE, sep=';').to_csv(NEW, index=False)"
+            raise ValueError(f"its only column is {header[0]!r}; {hint}")
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise ValueError(f"two columns are named {twice[0]!r}")
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                what = "more" if len(row) > len(header) else "fewer"
+                raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
+        return [dict(zip(header, row, strict=True)) for row in rows]
     except UnicodeDecodeError:
-        hint = "save it as 'CSV UTF-8' in Excel, or convert it: iconv -f WINDOWS-1252 -t UTF-8"
-        raise UserError(f"can't read {file}: it is not UTF-8; {hint}") from None
-    except ImportError:
-        raise UserError(f"reading {file} needs the package pyarrow: pip install datasets") from None
+        raise UserError(f"can't read {file}: it is not UTF-8; Excel saves 'CSV UTF-8'; or iconv -f CP1252 -t UTF-8") from None
     except Exception as e:  # of json, csv, pyarrow and the system, which share no class
         raise UserError(f"can't read {file}: {' '.join(str(e).split())[:300]}") from None
-
-
-def name_cells(table: list) -> list[dict]:
-    """Rows with named columns, of a header and rows of as many cells."""
-    header, *rows = table or [[]]
-    if len(header) == 1:
-        hint = "pandas.read_csv(FILE, sep=';').to_csv(NEW, index=False) makes commas of semicolons"
-        raise ValueError(f"its only column is {header[0]!r}; a .csv is separated by commas, a .tsv by tabs; {hint}")
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
-        raise ValueError(f"two columns are named {twice[0]!r}")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            what = "more" if len(row) > len(header) else "fewer"
-            raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
-    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def hash_files(files: Iterable[str], ends: int | None = None) -> str:
@@ -1275,56 +1222,45 @@ def hash_files(files: Iterable[str], ends: int | None = None) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def measure(metric: str, predictions: list, examples: list[Example]) -> dict[str, float]:
     """Scores in 0 to 1; the first is the one that is reported. Predictions: label numbers, or texts."""
     pairs = list(zip(predictions, examples, strict=True))
-    if metric in ("accuracy", "f1"):
-        scores = {"accuracy": sum(p == e.label for p, e in pairs) / len(pairs)}
-        if metric == "f1":
-            hits = sum(p == e.label == 1 for p, e in pairs)
-            scores["f1"] = 2 * hits / max(1, sum((p == 1) + (e.label == 1) for p, e in pairs))
-        return scores
-    if metric == "squad":
-        return {
-            "f1": sum(max(squad_f1(p, a) for a in e.answers) for p, e in pairs) / len(pairs),
-            "exact": sum(any(squad_words(p) == squad_words(a) for a in e.answers) for p, e in pairs) / len(pairs),
-        }
-    try:
+    if metric == "rouge":
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise UserError("ROUGE needs the package rouge-score: pip install rouge-score") from None
-    scorer = RougeScorer(["rougeL", "rouge1", "rouge2"], use_stemmer=True)
-    scores = [scorer.score(e.answers[0], p) for p, e in pairs]
-    return {name: sum(s[name].fmeasure for s in scores) / len(scores) for name in ("rougeL", "rouge1", "rouge2")}
+
+        names = ["rougeL", "rouge1", "rouge2"]
+        scorer = RougeScorer(names, use_stemmer=True)
+        found = [scorer.score(e.answers[0], p) for p, e in pairs]
+        scores = {name: [s[name].fmeasure for s in found] for name in names}
+    elif metric == "squad":
+        found = [[squad(p, a) for a in e.answers] for p, e in pairs]
+        scores = {"f1": [max(f1 for f1, _ in some) for some in found], "exact": [any(exact for _, exact in some) for some in found]}
+    else:
+        scores = {"accuracy": [p == e.label for p, e in pairs]}
+    means = {name: sum(values) / len(pairs) for name, values in scores.items()}
+    if metric == "f1":
+        hits = sum(p == e.label == 1 for p, e in pairs)
+        means["f1"] = 2 * hits / max(1, sum((p == 1) + (e.label == 1) for p, e in pairs))
+    return means
 
 
-def squad_words(text: str) -> list[str]:
-    """SQuAD's normal form: lower case, without punctuation and articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def squad_f1(prediction: str, answer: str) -> float:
-    """SQuAD's F1 of the words of two texts."""
-    p, a = squad_words(prediction), squad_words(answer)
+def squad(prediction: str, answer: str) -> tuple[float, bool]:
+    """SQuAD's F1 and exact match of the words of two texts, in lower case, without punctuation and articles."""
+    plain = ("".join(c for c in text.lower() if c not in string.punctuation) for text in (prediction, answer))
+    p, a = (re.sub(r"\b(a|an|the)\b", " ", text).split() for text in plain)
     common = (Counter(p) & Counter(a)).total()
-    return 2 * common / (len(p) + len(a)) if p and a else float(p == a)
+    return 2 * common / (len(p) + len(a)) if p and a else float(p == a), p == a
 
 
 def baselines(data: Data) -> dict[str, float]:
     """The score without reading the input: a random guess, and training's most frequent target, always."""
-    pool, pick = [e.target for e in data.train or data.report], random.Random(0)
-    constant = Counter(pool).most_common(1)[0][0]
-    guesses = {"random_guess": [pick.choice(pool) for _ in data.report], "majority": [constant] * len(data.report)}
+    pool, pick, n = [e.target for e in data.train or data.report], random.Random(0), len(data.report)
+    often = Counter(pool).most_common(1)[0][0]
+    said = {"random_guess": [pick.choice(pool) for _ in range(n)], "majority": [often] * n}
     if data.words:
-        guesses = {name: [data.words.index(word) for word in said] for name, said in guesses.items()}
-    scores = {name: next(iter(measure(data.metric, said, data.report).values())) for name, said in guesses.items()}
-    return scores | ({"random_guess": 1 / len(data.words)} if data.words else {})
+        said = {"majority": [data.words.index(often)] * n}
+    scores = {name: next(iter(measure(data.metric, guesses, data.report).values())) for name, guesses in said.items()}
+    return {"random_guess": 1 / len(data.words)} | scores if data.words else scores
 
 
 # ----------------------------------------------------------------------------------------------------------------------

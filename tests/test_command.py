@@ -570,7 +570,7 @@ WRONG = {
     "method": (["--method", "lorra"], "unknown method 'lorra'"),
     "mask": (["--mask", "rnd"], "unknown mask 'rnd': did you mean 'random'"),
     "where": (["--where", "atention"], "names no parameter"),
-    "task": (["--task", "toy-sentimant"], "did you mean toy-sentiment"),
+    "task": (["--task", "toy-sentimant"], "did you mean 'toy-sentiment'"),
     "model": (["--model", "toy-tinny"], "did you mean toy-tiny"),
     "model path": (["--model", "../nothing/here"], "unknown model"),
     "model cache": (["--model", "some-one/some-thing"], "can't be reached; work offline with local files"),
