@@ -2132,11 +2132,14 @@ def usable_device(args: argparse.Namespace) -> str:
 
 
 def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
-    """The arguments of each run of the sweep, with its name; what a method does not read does not multiply it.
+    """The arguments of each run of the sweep; what a method does not read does not multiply it.
 
-    revisions: of the data and of the model. With the arguments they make the name, so that other data is another run.
+    A run's name, for its files: what it is in words, and a hash of all that its numbers depend on, data and model included.
     """
-    out = []
+    out, unread = [], {"out", "save", "export", "resume", "device", "eval_batch_size"}
+    more = {"revisions": revisions}
+    if args.load:  # another delta under the same name is another run
+        more["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
     for method in args.method:
         apet, trains = method == "apet" and not args.load, not args.load
         lists = [args.budget, args.mask, args.mask_seed] if apet else [[None]] * 3
@@ -2147,23 +2150,14 @@ def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
             own = argparse.Namespace(**vars(args))
             own.method, own.budget, own.mask, own.mask_seed, own.seed, own.lr = method, budget, mask, mask_seed, seed, lr
             own.where, own.insert = (args.where, args.insert) if method == "apet" else (None, [])
-            own.name = run_name(own, revisions)
+            read = {k: v for k, v in sorted(vars(own).items()) if k not in unread} | more
+            words = [args.model, args.task, method if trains else "loaded", f"{mask}-{budget}-p{mask_seed}" if mask else ""]
+            words.append("" if seed is None or method == "none" else f"s{seed}")
+            words.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
+            own.name = "-".join(re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII).strip(".")[-40:] for word in words if word)
             own.label = " ".join(str(x) for x in (method, budget, mask, mask_seed) if x is not None)
             out.append(own)
     return out
-
-
-def run_name(args: argparse.Namespace, revisions: tuple) -> str:
-    """For the files of a run: what it is in words, and a hash of all that its numbers depend on."""
-    unread = {"out", "save", "export", "resume", "device", "eval_batch_size"}
-    read = {k: v for k, v in sorted(vars(args).items()) if k not in unread} | {"revisions": revisions}
-    if args.load:  # another delta under the same name is another run
-        read["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
-    parts = [args.model, args.task, "loaded" if args.load else args.method]
-    parts += [f"{args.mask}-{args.budget}-p{args.mask_seed}"] if args.mask else []
-    parts += [f"s{args.seed}"] if args.seed is not None and args.method != "none" else []
-    parts.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
-    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
 
 
 def run_one(run: Run) -> dict:
@@ -2184,7 +2178,7 @@ def run_one(run: Run) -> dict:
         began, scores = time.perf_counter(), score(run, data.report)
         record["eval_s"] += time.perf_counter() - began
         record["all_s"] = time.perf_counter() - start
-        result = make_result(run, tuned, record, scores) | {"lr": lr}
+        result = make_result(run, tuned, record, scores, size) | {"lr": lr}
         from_rank_0(lambda: write_result(run, tuned, result))
         return result
     except torch.OutOfMemoryError:
@@ -2194,11 +2188,10 @@ def run_one(run: Run) -> dict:
         tuned.undo()
 
 
-def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float]) -> dict:
+def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], size: int) -> dict:
     """All that is known of a run; enough to redo it."""
     args, steps, (metric, first) = run.args, record["step"], next(iter(scores.items()))
     out = {"score": first, "metric": metric, "metrics": scores, "baselines": baselines(run.data), "best": record["best"]}
-    size = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
     total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
     out |= {"tuned_params": size, "total_params": total, "density": size / total}
     out |= {"head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head)}
@@ -2231,9 +2224,9 @@ def write_result(run: Run, tuned: Tuned, result: dict) -> None:
     Path(f"{file}.state").unlink(missing_ok=True)
     if args.export:  # LoRA, which has no place in a plain checkpoint, is merged into the weights for good: no other run follows
         base = base_of(run.model)
-        lora = getattr(base, "inserted", {}).get("lora")
-        for name, layer in method_layers(base, "lora").items() if lora else ():
-            part = lora.get_submodule(name.replace(".", "_"))
+        inserted = getattr(base, "inserted", {})
+        for name, layer in method_layers(base, "lora").items() if "lora" in inserted else ():
+            part = inserted["lora"].get_submodule(name.replace(".", "_"))
             change = (part["B"] @ part["A"]).detach() * (LORA_ALPHA / LORA_RANK)
             layer.weight.data.copy_(layer.weight.float() + (change if isinstance(layer, nn.Linear) else change.t()))
         run.model.save_pretrained(args.export, state_dict={n: t for n, t in run.model.state_dict().items() if "inserted." not in n})

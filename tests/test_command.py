@@ -188,14 +188,16 @@ def test_rows_without_a_label_are_no_class(tmp_path):
         assert result["data"]["rows without text or label, dropped"] == {"train": 30}
 
 
-def test_the_exported_checkpoint_is_a_plain_hugging_face_model_with_the_same_score(tmp_path):
-    run(
-        "--budget", "1e4", "--lr", "0.03", "--export", tmp_path / "model", "--save", tmp_path / "my.safetensors", out=tmp_path / "a"
-    )
+@pytest.mark.parametrize("method", ["apet", "lora"])
+def test_the_exported_checkpoint_is_a_plain_hugging_face_model_with_the_same_score(tmp_path, method):
+    argv = ["--method", method, "--budget", "1e4", "--lr", "0.03", "--eval-size", "200"]
+    run(*argv, "--export", tmp_path / "model", "--save", tmp_path / "my.safetensors", out=tmp_path / "a")
     assert (tmp_path / "my.safetensors").exists()
-    run("--model", tmp_path / "model", "--method", "none", out=tmp_path / "b")
+    run("--model", tmp_path / "model", "--method", "none", "--eval-size", "200", out=tmp_path / "b")
     assert only(tmp_path / "b")["score"] == only(tmp_path / "a")["score"]
     assert only(tmp_path / "b")["tuned_params"] == 0
+    tensors = [set(load_file(folder / "model.safetensors")) for folder in (tmp_path / "model", TOY / "models/tiny")]
+    assert tensors[0] == tensors[1]
 
 
 def test_a_run_of_a_sweep_has_the_numbers_it_has_alone(tmp_path, capsys):
