@@ -837,7 +837,6 @@ import random
 import signal
 import string
 import sys
-import threading
 import time
 import traceback
 import zipfile
@@ -1545,51 +1544,35 @@ class Run(NamedTuple):
     data: Data
     facts: dict  # about the model, for the result
     args: argparse.Namespace
+    code: str  # SHA-256 of this file, when it was started
 
 
 class Tuned(NamedTuple):
     """What a method trains: fp32 parameters, how they get into the model, and how the model gets back to before."""
 
     params: dict[str, nn.Parameter]
-    write: Callable[[], None]
+    write: Callable[[], object]
     undo: Callable[[], None]
     apet: APET | None
     inserted: dict[str, nn.Parameter]  # the new weights of the method, or among which APET chose
     head: dict[str, nn.Parameter]  # the classification head, trained (then in `params`, too) or not
 
-    def size(self) -> int:
-        """Tuned scalars, the head apart."""
-        return sum(p.numel() for n, p in self.params.items() if n not in self.head)
 
-
-def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = None) -> Tuned:
+def prepare(model: nn.Module, args: argparse.Namespace, batches: Batches = None) -> Tuned:
     """Put `args.method` on the pretrained model; make its classification head, if it has one, anew. See `select_positions`."""
     model.requires_grad_(False)
     base, params, writes, apet, inserted = base_of(model), {}, [], None, {}
-    saved = load_tensors(args.load)[0] if args.load else {}
     inside = {id(p) for p in base.parameters()}
     head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
     for module in model.modules():
         if any(p is not None and id(p) not in inside for p in module._parameters.values()):
             model._init_weights(module)  # from args.seed
-
-    def fill(targets: dict[str, nn.Parameter]) -> None:
-        """From the file of --load."""
-        with torch.no_grad():
-            for name, p in targets.items():
-                if name not in saved or saved[name].shape != p.shape:
-                    raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
-                p.copy_(saved[name])
-
     with contextlib.ExitStack() as stack:  # what is done here is undone in reverse
-        methods = args.insert if args.method == "apet" else [args.method]
-        methods = [m for m in methods if m in COUNTED and not (m == "bitfit" and own_biases(base))]
-        if methods:
+        methods = args.insert if args.method == "apet" else [m for m in COUNTED if m == args.method]
+        if methods and not (args.method == "bitfit" and own_biases(base)):
             inserted = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
             stack.callback(remove_inserted, base)
         set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
-        if args.load:
-            fill(head | inserted)
         whole = {} if args.freeze_head else dict(head)
         if args.method == "apet":
             options = dict(where=args.where, batches=batches)
@@ -1598,24 +1581,24 @@ def prepare(model: nn.Module, args: argparse.Namespace, batches: list | None = N
             stack.callback(apet.restore)
             params["values"] = apet.values
             writes.append(apet.write)
-        elif inserted:
-            params |= {n: p.requires_grad_(True) for n, p in inserted.items()}
-        elif args.method in ("full", "bitfit"):
-            whole |= dict(base.named_parameters()) if args.method == "full" else own_biases(base)
+        elif args.method != "none":
+            whole |= inserted or (own_biases(base) if args.method == "bitfit" else dict(base.named_parameters()))
         masters, write, undo = tune_whole(whole)
         stack.callback(undo)
-        if args.load and args.method != "apet":
-            fill(masters)
-            write()
+        saved = load_tensors(args.load)[0] if args.load else {}
+        for name, p in (head | inserted | masters).items() if args.load else ():
+            if name not in saved or saved[name].shape != p.shape:
+                raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
+            p.data.copy_(saved[name])
+        write()
         return Tuned(params | masters, lambda: [w() for w in (*writes, write)], stack.pop_all().close, apet, inserted, head)
 
 
 def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], Callable[[], None], Callable[[], None]]:
     """(fp32 parameters to train, write, undo) for whole tensors: in half precision their own small steps would vanish."""
     original = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
-    masters = {n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in params.items()}
-    pairs = [(masters[n], p.requires_grad_(True)) for n, p in params.items()]
-    copied = [(master, p) for master, p in pairs if master is not p]
+    masters = {n: p.requires_grad_() if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in params.items()}
+    copied = [(masters[n], p.requires_grad_()) for n, p in params.items() if masters[n] is not p]
 
     def move(master: nn.Parameter, p: nn.Parameter) -> None:
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
@@ -1628,13 +1611,11 @@ def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter]
         for master, p in copied:
             p.copy_(master)
 
-    @torch.no_grad()
     def undo() -> None:
         for handle in handles:
             handle.remove()
         for name, p in params.items():
-            p.copy_(original[name])
-            p.requires_grad_(False)
+            p.requires_grad_(False).copy_(original[name])
             p.grad = None
 
     return masters, write, undo
@@ -1643,17 +1624,13 @@ def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter]
 def auto_lr(method: str, budget: int, family: str) -> float:
     """AdamW's rate, after sweeps on the toy family and a real model (results/README.md).
 
-    APET: 1.5e-2 at 10,000 scalars, and much more for fewer (Xu & Zhang, ICML 2024, use 1e-2 at 0.01 % of a model), between
-    0.1 and full fine-tuning's rate, which is what a budget of everything needs. Full fine-tuning and prompts: the authors'
-    rates. Other new modules: 1e-3; the authors' 3e-4 (T5) and 1e-4 need more steps.
+    APET: 1.5e-2 at 10,000 scalars, more for fewer (Xu & Zhang, ICML 2024: 1e-2 at 0.01 % of a model), between 0.1 and the rate of
+    full fine-tuning, the authors' as that of prompts. Other new modules: 1e-3; the authors' 3e-4 (T5) and 1e-4 need more steps.
     """
     full = 3e-4 if family == "seq2seq" else 1e-4
     if method == "apet":
         return min(1e-1, max(full, 1.5e-2 * (1e4 / budget) ** 0.75))
     return {"full": full, "prompt": 3e-2}.get(method, 1e-3)
-
-
-HEAD_LR = 1e-3  # a new layer of a few hundred weights
 
 
 def ranks() -> tuple[int, int]:
@@ -1663,7 +1640,7 @@ def ranks() -> tuple[int, int]:
 
 
 def from_rank_0(read: Callable[[], object]) -> object:
-    """What rank 0 reads from a disk that the other nodes may not share."""
+    """What rank 0 alone reads (from a disk that the other nodes may not share) or does, while the others wait."""
     found = [read() if ranks()[0] == 0 else None]
     if ranks()[1] > 1:
         torch.distributed.broadcast_object_list(found, 0, device=torch.device("cpu"))
@@ -1682,10 +1659,9 @@ def fill_from_rank_0(targets: Mapping[str, Tensor], numbers: Mapping[str, Tensor
 
 def on_any_rank(flag: bool) -> bool:
     """Agreed among the hosts, which need not wait for their devices."""
-    if ranks()[1] == 1:
-        return flag
     flags = torch.tensor([float(flag)])
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    if ranks()[1] > 1:
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     return flags.tolist() == [1.0]
 
 
@@ -1699,28 +1675,24 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
 
 
-def encode(run: Run, examples: list[Example]) -> dict[str, Tensor]:
-    """A batch with its labels."""
-    coder = run.coder
-    return coder.batch([coder.source(e) for e in examples], [coder.target(e) for e in examples], run.args.device)
+def loss_of(run: Run, examples: list[Example]) -> Tensor:
+    """`loss_sum` of these examples."""
+    sources, targets = [run.coder.source(e) for e in examples], [run.coder.target(e) for e in examples]
+    return loss_sum(run.model, run.coder, run.coder.batch(sources, targets, run.args.device))
 
 
 def score(run: Run, examples: list[Example]) -> dict[str, float]:
     """The metrics of the task on these examples; the first is the one that counts."""
-    size = run.args.eval_batch_size
-    try:
-        return measure(run.data.metric, predict(run.model, run.coder, run.data, examples, size, run.args.device), examples)
-    except torch.OutOfMemoryError:  # checkpointing saves memory in training alone
-        raise UserError(f"out of memory in evaluation: lower --eval-batch-size (now {size})") from None
+    found = predict(run.model, run.coder, run.data, examples, run.args.eval_batch_size, run.args.device)
+    return measure(run.data.metric, found, examples)
 
 
 def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optimizer, dict]:
     """AdamW, and the state of the run: all that it needs to go on after an interruption, the tensors being those in use."""
     params, head = tuned.params, tuned.head
     groups = [{"params": [p for n, p in params.items() if n not in head], "lr": lr}]
-    groups += [{"params": [p for n, p in params.items() if n in head], "lr": HEAD_LR}]
+    groups += [{"params": [p for n, p in params.items() if n in head], "lr": 1e-3}]  # a new layer of a few hundred weights
     fused = {p.device.type for p in params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
-    groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
     tensors = {name: p.detach() for name, p in params.items()}
     for name, p in params.items():
@@ -1729,19 +1701,18 @@ def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optim
         tensors |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
     record = dict(step=0, tokens=0, train_s=0.0, eval_s=0.0, loss=[], eval=[], best={"step": 0, "score": -math.inf})
     best = {n: p.detach().to("cpu", copy=True) for n, p in params.items() if ranks()[0] == 0}
-    key = f"{run.args.name} {run.facts['revision']} {code_hash()}"
+    key = f"{run.args.name} {run.facts['revision']} {run.code}"
     return optimizer, {"key": key, "record": record, "best": best, "tensors": tensors}
 
 
 def save_state(file: str, state: dict) -> None:
+    """By rank 0, for which the others wait: torchrun ends all processes once one has ended."""
+
     def write(temporary: str) -> None:
         with open(temporary, "wb") as f:  # tensor by tensor; given a name, torch makes a RuntimeError of a full disk
             torch.save(state, f)
 
-    if ranks()[0] == 0:
-        write_file(file, write)
-    if ranks()[1] > 1:
-        torch.distributed.barrier()  # torchrun ends all processes once one has ended
+    from_rank_0(lambda: write_file(file, write))
 
 
 def load_state(file: str, state: dict) -> bool:
@@ -1752,27 +1723,18 @@ def load_state(file: str, state: dict) -> bool:
             return {name: kind(part) for name, part in x.items()}
         return (x.dtype, x.shape) if isinstance(x, Tensor) else type(x)
 
-    def read() -> dict | None:
-        if not os.path.exists(file):
-            return None
-        reason = "of another run, model or version of apet.py"
-        try:
-            with zipfile.ZipFile(file) as f:
-                if f.testzip():  # the sums of its parts, which torch does not check
-                    raise ValueError
-            found = torch.load(file, map_location="cpu", weights_only=True)
-            if kind(found) == kind(state) and found["key"] == state["key"]:
-                return found
-        except Exception:  # a file that is no state can fail in any way
-            reason = "damaged"
-        say(f"{file} is {reason}: the run starts anew")
-        return None
-
-    found = read() if ranks()[0] == 0 else None
-    if record := from_rank_0(lambda: found and found["record"]):
+    found = {}
+    if ranks()[0] == 0 and os.path.exists(file):
+        with contextlib.suppress(Exception), zipfile.ZipFile(file) as f:  # a file that is no state can fail in any way
+            read = torch.load(file, map_location="cpu", weights_only=True)
+            if f.testzip() is None and kind(read) == kind(state) and read["key"] == state["key"]:  # torch checks no sums
+                found = read
+        if not found:
+            say(f"{file} is damaged, or of another run, model or version of apet.py: the run starts anew")
+    if record := from_rank_0(lambda: found.get("record")):
         state["record"].update(record)
-        state["best"].update(found["best"] if found else {})
-        fill_from_rank_0(state["tensors"], found["tensors"] if found else {})
+        state["best"].update(found.get("best", {}))
+        fill_from_rank_0(state["tensors"], found.get("tensors", {}))
         say(f"continuing at step {record['step']}")
     return bool(record)
 
@@ -1784,12 +1746,10 @@ def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record:
     chosen = [run.data.train[i] for i in batch_at(step, args.batch_size, len(run.data.train), args.seed)]
     chosen.sort(key=lambda e: len(coder.source(e)))  # micro-batches of like length: less padding
     count = sum(len(coder.target(e)) for e in chosen)
-    loss = torch.zeros((), device=args.device)
-    for i in range(args.grad_accum):
-        part, parts = i * world + rank, args.grad_accum * world
-        mine = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
-        if mine:
-            part_loss = loss_sum(run.model, coder, encode(run, mine)) / count
+    loss, parts = torch.zeros((), device=args.device), args.grad_accum * world
+    for part in range(rank, parts, world):
+        if mine := chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]:
+            part_loss = loss_of(run, mine) / count
             part_loss.backward()
             loss += part_loss.detach().to(loss.device)
     if world > 1:
@@ -1809,18 +1769,15 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
     """Train, keep the parameters that score best on data.select, and leave them in the model. Returns the run's record.
 
     state_file: where the same run goes on, if it was interrupted. The record: loss (mean per target token) and evaluation
-    curves, best step, seconds, tokens. Raises UserError when the loss is not finite, Interrupted (state saved) on a signal.
+    curves, best step, seconds, tokens. Raises UserError when the loss is not finite, KeyboardInterrupt (state saved) on a signal.
     """
     from tqdm import tqdm
 
-    args, clock, waiting = run.args, time.perf_counter(), []
+    args, waiting = run.args, []
     optimizer, state = start_training(run, tuned, lr)
     record, best = state["record"], state["best"]
-
-    def count_seconds(what: str) -> None:
-        nonlocal clock
-        before, clock = clock, time.perf_counter()
-        record[what] += clock - before
+    resumed = args.resume and load_state(state_file, state)
+    started = time.perf_counter() - record["train_s"] - record["eval_s"]
 
     def look() -> None:
         """Read the losses that wait on the device: between two evaluations, training waits for it nowhere else."""
@@ -1829,55 +1786,48 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
                 raise UserError(f"the loss is {loss} at step {len(record['loss']) + 1}; a smaller --lr (now {lr:g}) may help")
             record["loss"].append(round(loss, 5))
         waiting.clear()
-        count_seconds("train_s")
+        record["train_s"] = time.perf_counter() - started - record["eval_s"]
 
     def evaluate() -> None:
         look()
-        scores = score(run, run.data.select)
+        began, scores = time.perf_counter(), score(run, run.data.select)
         record["eval"].append({"step": record["step"], **scores})
         if (first := next(iter(scores.values()))) > record["best"]["score"]:
             record["best"] = {"step": record["step"], "score": first}
             for name, kept in best.items():
                 kept.copy_(tuned.params[name].detach())
-        count_seconds("eval_s")
+        record["eval_s"] += time.perf_counter() - began
 
-    if args.resume and load_state(state_file, state):
-        tuned.write()
-    else:
+    tuned.write()
+    if not resumed:
         evaluate()
     options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
     with catch_signals() as caught, tqdm(**options, disable=ranks()[0] > 0) as bar:
         while record["step"] < args.steps:
             waiting.append(train_step(run, tuned, optimizer, record))
-            due = record["step"] % args.eval_every == 0 and record["step"] < args.steps
-            if due or record["step"] == args.steps:
+            due = record["step"] % args.eval_every == 0 or record["step"] == args.steps
+            if due:
                 evaluate()
             stop = on_any_rank(bool(caught))
-            if due or stop:
+            if stop or (due and record["step"] < args.steps):
                 look()
                 save_state(state_file, state)
             if stop:
-                raise Interrupted(caught[0] if caught else signal.SIGTERM, record["step"])
-            if time.perf_counter() - clock > 0.5:
+                raise KeyboardInterrupt(caught[0] if caught else signal.SIGTERM, record["step"])
+            if bar.update():  # it is drawn, every half second
                 look()
                 bar.set_postfix(loss=f"{record['loss'][-1]:.3f}", refresh=False)
-            bar.update()
     fill_from_rank_0(tuned.params, best)
     tuned.write()
     return record
 
 
-class Interrupted(Exception):
-    """A signal came; the state is saved."""
-
-
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
     """The signals that would end the process, noted in a list; those that are ignored (nohup, a job in the background) stay so."""
-    caught, before = [], {}
-    for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):  # Windows has no SIGHUP
-        if number and threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    caught, ends = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+    used = [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in used}
     try:
         yield caught
     finally:
@@ -1889,14 +1839,12 @@ def catch_signals() -> Iterator[list[int]]:
 # The command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 DATA_FLAGS = ("text_fields", "label_field", "max_source_length", "max_target_length")  # a delta says which it was made with
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag, with its default's reason. None stands for a default that depends on the others; see `check_args`."""
-    about, raw = __doc__.split("\n\nThe file")[0], argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="apet.py", description=about, formatter_class=raw, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(message: str) -> None:
         raise UserError(message.removeprefix("argument "))
@@ -1908,86 +1856,84 @@ def parser() -> argparse.ArgumentParser:
             raise UserError(f"{text!r} is not UTF-8: rename it")
         return text
 
-    def number(what: str, fits: Callable, read: Callable = float) -> Callable[[str], int | float | str]:
-        def check(text: str) -> int | float | str:
-            with contextlib.suppress(ValueError):
-                if fits(value := read(text)):
-                    return value
-            raise UserError(f"it must be {what}, not {text!r}")
+    def number(what: str, fits: Callable, read: Callable, text: str) -> int | float | str:
+        with contextlib.suppress(ValueError):
+            if fits(value := read(text)):
+                return value
+        raise UserError(f"it must be {what}, not {text!r}")
 
-        return check
+    def each(read: Callable[..., object], text: str, **options: object) -> list:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts):
+            raise UserError(f"empty entry in {text!r}")
+        return list(dict.fromkeys(read(part, **options) for part in parts))
 
-    def each(read: Callable[[str], object]) -> Callable[[str], list]:
-        def split(text: str) -> list:
-            parts = [part.strip() for part in text.split(",")]
-            if not all(parts):
-                raise UserError(f"empty entry in {text!r}")
-            return list(dict.fromkeys(map(read, parts)))
+    def add(flag: str, read: Callable[[str], object], help: str, default: str | None = None) -> None:
+        p.add_argument(flag, type=read, help=help, default=default)
 
-        return split
-
-    def known(names: Iterable[str], what: str) -> Callable[[str], list]:
-        return each(lambda name: one_of(name, names, what))
-
-    def add(flag: str, read: Callable[[str], object], help: str, default: str | None = None, **more: object) -> None:
-        p.add_argument(flag, type=read, help=help, default=default, **more)
-
-    whole = functools.partial(parse_count, what="it")
-    count = number("a whole number from 1 to 1e9, such as 10000 or 1e4", lambda x: x <= 10**9, whole)
-    size = number("a whole number from 1 to 100,000", lambda x: x <= 100_000, whole)  # of what has to fit into memory
-    seed = number("a whole number from 0 to 999999999", lambda x: 0 <= x < 10**9, int)
-    share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
-    rate = number("a number above 0, or auto", lambda x: x == "auto" or 0 < x < math.inf, lambda x: x if x == "auto" else float(x))
     p.error = error  # one line, as for all else that a person can put right; argparse would print every flag before it
-    own = "offline; with --load, its own"
-    add("--model", word, f"a local folder, a hub id, or a short name such as t5-large (default: toy-base, {own})")
-    add("--task", word, f"a name of the table, a hub id, a local file or folder (default: toy-sentiment, {own})")
-    add("--method", known(METHODS, "method"), f"{', '.join(METHODS)}; a list sweeps", "apet")
-    budgets = "1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit"
-    add("--budget", each(str), f"scalars to tune: {budgets}; a list sweeps", "1e4")
-    add("--mask", known(MASKS, "mask"), f"how positions are chosen: {', '.join(MASKS)}; a list sweeps", "random")
+    partial = functools.partial
+    whole = partial(parse_count, what="it")
+    count = partial(number, "a whole number from 1 to 1e9, such as 10000 or 1e4", lambda x: x <= 10**9, whole)
+    size = partial(number, "a whole number from 1 to 100,000", lambda x: x <= 100_000, whole)  # of what has to fit into memory
+    seed = partial(each, partial(number, "a whole number from 0 to 999999999", lambda x: 0 <= x < 10**9, int))
+    share = partial(number, "a number from 0 to below 1", lambda x: 0 <= x < 1, float)
+    above_0 = partial(number, "a number above 0, or auto", lambda x: 0 < x < math.inf, float)
+    rates = partial(each, lambda text: text if text == "auto" else above_0(text))
+    add("--model", word, "a local folder, a hub id, or a short name such as t5-large (default: that of --load, or toy-base)")
+    add("--task", word, "of the table, a hub id, a local file or folder (default: that of --load, or toy-sentiment)")
+    add("--method", partial(each, one_of, known=METHODS, what="method"), f"{', '.join(METHODS)}; a list sweeps", "apet")
+    add("--budget", partial(each, str), "scalars: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps", "1e4")
+    add("--mask", partial(each, one_of, known=MASKS, what="mask"), f"which positions: {', '.join(MASKS)}; a list sweeps", "random")
     add("--where", word, f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names", "all")
-    inserted = known(COUNTED[:3], "method to insert")
+    inserted = partial(each, one_of, known=COUNTED[:3], what="method to insert")
     add("--insert", inserted, "lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
     p.add_argument("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
-    add("--mask-seed", each(seed), "seed of the positions; a list sweeps", "0")
-    add("--seed", each(seed), "seed of training: data order, dropout; a list sweeps", "0")
-    add("--lr", each(rate), "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
+    add("--mask-seed", seed, "seed of the positions; a list sweeps", "0")
+    add("--seed", seed, "seed of training: data order, dropout; a list sweeps", "0")
+    add("--lr", rates, "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
     add("--steps", count, "optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", size, "examples a step, over all micro-batches and processes (default: 32, the authors')", "32")
     add("--grad-accum", size, "micro-batches a step, each of examples of like length", "1")
     add("--max-source-length", size, "tokens (default: 128, the authors')")
     add("--max-target-length", size, "tokens, end of sequence included (default: 128, the authors')")
-    evaluations = "a twentieth of all, the authors'; a quarter for the toy tasks"
-    add("--eval-every", count, f"steps between evaluations (default: {evaluations})")
+    add("--eval-every", count, "steps between evaluations (default: a twentieth of all, the authors'; toy tasks: a quarter)")
     add("--eval-batch-size", size, "examples a batch in evaluation", "64")
     add("--train-size", count, "use that many training examples (fixed choice)")
     add("--eval-size", count, "evaluate on that many (fixed choice; default: all, at most 1,000 to pick the best step)")
     add("--dropout", share, "rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
-    add("--dtype", str, "of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32", choices=DTYPES)
+    p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32")
     add("--device", word, "cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--device-map", word, "spread the model over several devices: auto (needs accelerate)")
-    checkpointing = "recompute activations (without it: only once memory has run out)"
-    p.add_argument("--gradient-checkpointing", action="store_true", help=checkpointing)
+    p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--text-fields", word, "text columns, comma-separated")
     add("--label-field", word, "column of the label or target text")
     add("--out", word, "folder of the results (default: %(default)s)", "results/runs")
     add("--save", word, "file for the delta (default: beside the result)")
     add("--export", word, "folder for a plain Hugging Face checkpoint of the tuned model")
     add("--load", word, "a saved delta: evaluate it, without training")
-    resume = "skip finished runs, continue an interrupted one"
-    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
+    p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="skip what is done, continue what is not")
     return p
 
 
 def check_args(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in the arguments that depend on others, and check what goes together. Raises UserError."""
-    if args.load:
-        as_saved(args)
-    args.model, args.task = args.model or "toy-base", args.task or "toy-sentiment"
-    args.insert = args.insert or []
+    defaults = {"model": "toy-base", "task": "toy-sentiment", "insert": [], "max_source_length": 128, "max_target_length": 128}
+    if args.load:  # the arguments are those that the delta was made with; some of them a person may name anew
+        about = load_tensors(args.load)[1]
+        other = args.task not in (None, about.get("task"))  # its columns have other names
+        names = ("model", "task", "method", "insert", *(DATA_FLAGS[2:] if other else DATA_FLAGS))
+        try:
+            if about.get("format") != "apet 1" or "pool" in about:  # an earlier version could pool an encoder's hidden states
+                raise UserError("not of this version")
+            made = parser().parse_args([f"--{name.replace('_', '-')}={about[name]}" for name in names if about.get(name)])
+        except UserError as e:
+            raise UserError(f"{args.load} is no delta of apet.py: {e}") from None
+        args.method, args.insert = made.method, made.insert
+        defaults |= {name: getattr(made, name) or defaults.get(name) for name in names}
+    for name, default in defaults.items():
+        setattr(args, name, getattr(args, name) or default)
     toy = args.task.startswith("toy-")
-    args.max_source_length, args.max_target_length = args.max_source_length or 128, args.max_target_length or 128
     args.steps = args.steps or (600 if toy else 20_000)
     args.eval_every = args.eval_every or max(1, args.steps // (4 if toy else 20))
     if args.dropout is None and args.model in TOY_MODELS:
@@ -1998,9 +1944,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--grad-accum {args.grad_accum} is above --batch-size {args.batch_size}")
     if args.insert and "apet" not in args.method:
         raise UserError("--insert goes with --method apet, which chooses among the new weights")
-    if args.save and args.load:
-        raise UserError("--save: --load trains nothing, so there is no delta to save")
-    if args.save and (os.path.lexists(args.save) and not os.path.isfile(args.save)):
+    if args.save and os.path.lexists(args.save) and not os.path.isfile(args.save):
         raise UserError(f"--save {args.save} is no file; name a new one, or one to replace")
     if args.export and (odd := {"adapter", "prompt"} & {*args.method, *args.insert}):
         raise UserError(f"--export: a plain checkpoint has no place for {', '.join(odd)}; the delta (--save) holds it")
@@ -2011,227 +1955,170 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def as_saved(args: argparse.Namespace) -> None:
-    """Set the arguments as those that the delta of --load was made with; some of them a person may name anew."""
-    about = load_tensors(args.load)[1]
-    if about.get("format") != "apet 1" or "pool" in about:  # an earlier version could pool an encoder's hidden states
-        raise UserError(f"{args.load} is no delta of {'this version of ' * ('pool' in about)}apet.py")
-    other = args.task not in (None, about.get("task"))  # its columns have other names
-    names = ("model", "task", "method", "insert", *(DATA_FLAGS[2:] if other else DATA_FLAGS))
-    try:
-        made = parser().parse_args([f"--{name.replace('_', '-')}={about[name]}" for name in names if about.get(name)])
-    except UserError as e:
-        raise UserError(f"{args.load} is no delta of apet.py: {e}") from None
-    args.method, args.insert = made.method, made.insert
-    for name in names:
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(made, name))
-
-
-def launched() -> tuple[int, int]:
-    """(local rank, number of processes) under torchrun, else (0, 1): SLURM, too, sets some of its environment variables."""
-    numbers = ("LOCAL_RANK", "WORLD_SIZE", "RANK", "MASTER_PORT")
-    if not all(name in os.environ for name in (*numbers, "MASTER_ADDR")):
-        return 0, 1
-    if not all(os.environ[name].isdecimal() for name in numbers):
-        raise UserError(f"the environment variables {', '.join(numbers)} must be numbers, as torchrun sets them")
-    return int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 def usable_device(args: argparse.Namespace) -> str:
-    """The device to run on, tried out."""
-    local, world = launched()
+    """The device to run on, tried out; under torchrun, with a process group that is joined."""
+    names = ("LOCAL_RANK", "WORLD_SIZE", "RANK", "MASTER_PORT")
+    found = [os.environ.get(name, "") for name in names]
+    if not all(found):  # SLURM, too, sets some of them
+        found = ["0", "1"]
+    if not all(map(str.isdecimal, found)):
+        raise UserError(f"the environment variables {', '.join(names)} must be numbers, as torchrun sets them")
+    local, world = map(int, found[:2])
     if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
         right = "python apet.py --device-map ..." if args.device_map else "torchrun ... apet.py without --device"
         raise UserError(f"torchrun gives each process its own GPU, with a whole model on it: {right}, please")
     name = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if torch.device(name).type not in ("cpu", "cuda"):
             raise RuntimeError("cpu and cuda can")
-        torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
+        torch.empty(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} can't be used: {str(e).splitlines()[0]}") from None
-    return "cpu" if device.type == "cpu" else name
+    if world > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
+    return name if name.startswith("cuda") else "cpu"
 
 
 def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
-    """The arguments of each run of the sweep, with its name; what a method does not read does not multiply it.
+    """The arguments of each run of the sweep; what a method does not read does not multiply it.
 
-    revisions: of the data and of the model. With the arguments they make the name, so that other data is another run.
+    A run's name, for its files: what it is in words, and a hash of all that its numbers depend on, data and model included.
     """
-    out = []
+    out, unread = [], {"out", "save", "export", "resume", "device", "eval_batch_size"}
+    more = {"revisions": revisions}
+    if args.load:  # another delta under the same name is another run
+        more["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
     for method in args.method:
         apet, trains = method == "apet" and not args.load, not args.load
         lists = [args.budget, args.mask, args.mask_seed] if apet else [[None]] * 3
         lists += [args.seed if trains else [None], args.lr if trains and method != "none" else [None]]
-        for values in itertools.product(*lists):
-            own = argparse.Namespace(**vars(args) | {"method": method, "where": args.where if method == "apet" else None})
-            own.insert = args.insert if method == "apet" else []
-            own.budget, own.mask, own.mask_seed, own.seed, own.lr = values
-            own.name = run_name(own, revisions)
-            own.label = " ".join(str(x) for x in (method, own.budget, own.mask, own.mask_seed) if x is not None)
-            if own.mask != "magnitude" or own.mask_seed == args.mask_seed[0]:  # it reads no seed
-                out.append(own)
+        for budget, mask, mask_seed, seed, lr in itertools.product(*lists):
+            if mask == "magnitude" and mask_seed != args.mask_seed[0]:  # it reads no seed
+                continue
+            own = argparse.Namespace(**vars(args))
+            own.method, own.budget, own.mask, own.mask_seed, own.seed, own.lr = method, budget, mask, mask_seed, seed, lr
+            own.where, own.insert = (args.where, args.insert) if method == "apet" else (None, [])
+            read = {k: v for k, v in sorted(vars(own).items()) if k not in unread} | more
+            words = [args.model, args.task, method if trains else "loaded", f"{mask}-{budget}-p{mask_seed}" if mask else ""]
+            words.append("" if seed is None or method == "none" else f"s{seed}")
+            words.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
+            own.name = "-".join(re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII).strip(".")[-40:] for word in words if word)
+            own.label = " ".join(str(x) for x in (method, budget, mask, mask_seed) if x is not None)
+            out.append(own)
     return out
-
-
-def run_name(args: argparse.Namespace, revisions: tuple) -> str:
-    """For the files of a run: what it is in words, and a hash of all that its numbers depend on."""
-    unread = {"out", "save", "export", "resume", "device", "eval_batch_size"}
-    unread |= {"steps", "eval_every", "batch_size", "grad_accum", "dropout"} if args.load else set()
-    read = {k: v for k, v in sorted(vars(args).items()) if k not in unread} | {"revisions": revisions}
-    if args.load:  # another delta under the same name is another run
-        read["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
-    parts = [args.model, args.task, "loaded" if args.load else args.method]
-    parts += [f"{args.mask}-{args.budget}-p{args.mask_seed}"] if args.mask else []
-    parts += [f"s{args.seed}"] if args.seed is not None and args.method != "none" else []
-    parts.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
-    return "-".join(re.sub(r"[^\w.-]+", "_", part, flags=re.ASCII).strip(".")[-40:] for part in parts)
-
-
-@functools.cache
-def code_hash() -> str:
-    """Of this file when it was first asked for; see `main`."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def run_one(run: Run) -> dict:
     """Train and evaluate, write the files, and leave the model as it was. Returns the result."""
     start, args, data = time.perf_counter(), run.args, run.data
-    file = os.path.join(args.out, args.name)
     reset_peak_memory(args.device)
     torch.manual_seed(args.seed or 0)
-    batches = None
-    if args.mask == "gradient":
-        rows = [data.train[i] for i in batch_at(0, 8 * args.batch_size, len(data.train), args.mask_seed)]
-        parts = (rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size))
-        batches = [functools.partial(loss_sum, run.model, run.coder, encode(run, part)) for part in parts]
-    tuned = prepare(run.model, args, batches)
+    chosen = (batch_at(step, args.batch_size, len(data.train), args.mask_seed) for step in range(8))  # for --mask gradient
+    tuned = prepare(run.model, args, (functools.partial(loss_of, run, [data.train[i] for i in batch]) for batch in chosen))
     try:
-        if args.save and not tuned.params:
+        if args.save and (args.load or not tuned.params):
             raise UserError(f"--save: --method {args.method} trains nothing here, so there is no delta to save")
-        lr = auto_lr(args.method, tuned.size(), run.facts["family"]) if args.lr == "auto" else args.lr
-        record = train(run, tuned, lr, f"{file}.state") if tuned.params and not args.load else {}
-        began = time.perf_counter()
-        scores = score(run, data.report)
-        now = time.perf_counter()
-        seconds = {"train": record.get("train_s", 0.0), "eval": record.get("eval_s", 0.0) + now - began, "all": now - start}
-        result = make_result(run, tuned, record, scores, seconds) | {"lr": lr}
-        if ranks()[0] == 0:
-            write_result(run, tuned, result, file)
+        size = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
+        lr = auto_lr(args.method, size, run.facts["family"]) if args.lr == "auto" else args.lr
+        record = {"step": 0, "tokens": 0, "train_s": 0.0, "eval_s": 0.0, "loss": [], "eval": [], "best": None}
+        if tuned.params and not args.load:
+            record = train(run, tuned, lr, os.path.join(args.out, f"{args.name}.state"))
+        began, scores = time.perf_counter(), score(run, data.report)
+        record["eval_s"] += time.perf_counter() - began
+        record["all_s"] = time.perf_counter() - start
+        result = make_result(run, tuned, record, scores, size) | {"lr": lr}
+        from_rank_0(lambda: write_result(run, tuned, result))
         return result
+    except torch.OutOfMemoryError:
+        what = f"--gradient-checkpointing, more --grad-accum, less --batch-size or --eval-batch-size (now {args.eval_batch_size})"
+        raise UserError(f"out of GPU memory; what helps: {what}") from None
     finally:
         tuned.undo()
 
 
-def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], seconds: dict[str, float]) -> dict:
+def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], size: int) -> dict:
     """All that is known of a run; enough to redo it."""
-    metric, first = next(iter(scores.items()))
-    out = {"score": first, "metric": metric, "metrics": scores, "baselines": baselines(run.data), "best": record.get("best")}
+    args, steps, (metric, first) = run.args, record["step"], next(iter(scores.items()))
+    out = {"score": first, "metric": metric, "metrics": scores, "baselines": baselines(run.data), "best": record["best"]}
     total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
-    out |= {"tuned_params": tuned.size(), "total_params": total, "density": tuned.size() / total}
+    out |= {"tuned_params": size, "total_params": total, "density": size / total}
     out |= {"head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head)}
-    losses, steps = record.get("loss", []), record.get("step")
-    every = max(1, math.ceil(len(losses) / 500))  # steps that an entry of loss_curve is the mean of
-    chunks = [losses[i : i + every] for i in range(0, len(losses), every)]
-    out |= {"loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record.get("eval", [])}
-    out |= {"seconds": seconds, "step_ms": 1e3 * seconds["train"] / steps if steps else None}
-    out |= {"tokens_per_s": record["tokens"] / seconds["train"] if steps else None}
+    every = max(1, math.ceil(steps / 500))  # steps that an entry of loss_curve is the mean of
+    chunks = [record["loss"][i : i + every] for i in range(0, steps, every)]
+    out |= {"loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record["eval"]}
+    out |= {"seconds": {what: record[f"{what}_s"] for what in ("train", "eval", "all")}}
+    out |= {"step_ms": 1e3 * record["train_s"] / steps if steps else None}
+    out |= {"tokens_per_s": record["tokens"] / record["train_s"] if steps else None, "peak_memory_bytes": peak_memory(args.device)}
     cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
-    out |= {"device": cpu if run.args.device == "cpu" else torch.cuda.get_device_name(), "processes": ranks()[1]}
-    out |= {"peak_memory_bytes": peak_memory(run.args.device)}
+    out |= {"device": cpu if args.device == "cpu" else torch.cuda.get_device_name(), "processes": ranks()[1]}
     out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
-    out |= {"arguments": {k: v for k, v in vars(run.args).items() if k not in ("name", "label")}}
+    out |= {"arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")}}
     out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
-    return out | {"apet_sha256": code_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    return out | {"apet_sha256": run.code, "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
-def write_result(run: Run, tuned: Tuned, result: dict, file: str) -> None:
-    """The delta, the result, then the export; the state has served."""
-    args = run.args
-    about = {"run": args.name, "model": args.model, "task": args.task, "method": args.method, "insert": ",".join(args.insert)}
-    about |= {n: getattr(args, n) for n in DATA_FLAGS if getattr(args, n) is not None}
+def write_result(run: Run, tuned: Tuned, result: dict) -> None:
+    """The delta, the result, then a plain Hugging Face checkpoint; the state has served."""
+    args, file = run.args, os.path.join(run.args.out, run.args.name)
+    about = {n: getattr(args, n) or "" for n in ("model", "task", "method", *DATA_FLAGS)}
+    about |= {"format": "apet 1", "run": args.name, "insert": ",".join(args.insert)}
     if tuned.params and not args.load and (args.save or args.method != "full"):
         result["delta"] = args.save or f"{file}.safetensors"
         if tuned.apet:
             tuned.apet.save(result["delta"], tuned.inserted | tuned.head, **about)
         else:
-            save_tensors(tuned.head | tuned.params, result["delta"], {"format": "apet 1", **about})
+            save_tensors(tuned.head | tuned.params, result["delta"], about)
     write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     Path(f"{file}.state").unlink(missing_ok=True)
-    if args.export:
-        export(run)
-
-
-def export(run: Run) -> None:
-    """A plain Hugging Face checkpoint of the tuned model; LoRA, which has no place in one, is merged into the weights."""
-    base, before = base_of(run.model), {}
-    inserted = base._modules.pop("inserted", {})
-    try:
+    if args.export:  # LoRA, which has no place in a plain checkpoint, is merged into the weights for good: no other run follows
+        base = base_of(run.model)
+        inserted = getattr(base, "inserted", {})
         for name, layer in method_layers(base, "lora").items() if "lora" in inserted else ():
             part = inserted["lora"].get_submodule(name.replace(".", "_"))
             change = (part["B"] @ part["A"]).detach() * (LORA_ALPHA / LORA_RANK)
-            before[layer.weight] = layer.weight.detach().clone()
             layer.weight.data.copy_(layer.weight.float() + (change if isinstance(layer, nn.Linear) else change.t()))
-        run.model.save_pretrained(run.args.export)
-        run.coder.tokenizer.save_pretrained(run.args.export)
-    finally:
-        for weight, old in before.items():
-            weight.data.copy_(old)
-        if inserted:
-            base.inserted = inserted
+        run.model.save_pretrained(args.export, state_dict={n: t for n, t in run.model.state_dict().items() if "inserted." not in n})
+        run.coder.tokenizer.save_pretrained(args.export)
+
+
+COLUMNS = {"method": "<", "tuned": ">,", "of all": ">.3%", "positions": "<", "lr": ">.2g", "best step": ">", "score": ">.3f"}
+COLUMNS |= {"seconds": ">.1f", "ms/step": ">.1f", "tokens/s": ">,.0f", "peak MB": ">,.0f"}
 
 
 def table(results: list[tuple[argparse.Namespace, dict]]) -> str:
     """What a person wants to know, a line a run."""
-    (args, r), rows = results[0], []
+    args, r = results[0]
     examples, base = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples", r["baselines"]
-    title = f"\n{args.model} on {args.task} ({examples}): {r['metric']}; "
-    title += f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
+    guesses = f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
+    rows = [[r["metric"] if name == "score" else name for name in COLUMNS]]
     for args, r in results:
-        row = {
-            "method": "loaded" if args.load else args.method,
-            "tuned": f"{r['tuned_params']:,}",
-            "of all": f"{r['density']:.3%}",
-            "positions": f"{args.mask} {args.mask_seed}" if args.mask else "",
-            "lr": r["lr"] and f"{r['lr']:.2g}",
-            "best step": r["best"] and f"{r['best']['step']}",
-            r["metric"]: f"{r['score']:.3f}",
-            "seconds": f"{r['seconds']['all']:.1f}",
-            "ms/step": r["step_ms"] and f"{r['step_ms']:.1f}",
-            "tokens/s": r["tokens_per_s"] and f"{r['tokens_per_s']:,.0f}",
-            "peak MB": r["peak_memory_bytes"] and f"{r['peak_memory_bytes'] / 1e6:,.0f}",
-        }
-        rows.append({key: value or "" for key, value in row.items()})
-    rows.insert(0, {key: key for key in rows[0]})
-    width = {key: max(len(row[key]) for row in rows) for key in rows[0]}
-    left = ("method", "positions")
-    lines = ["  ".join(x.ljust(width[k]) if k in left else x.rjust(width[k]) for k, x in row.items()) for row in rows]
-    lines.append(f"result  {os.path.join(args.out, args.name)}.json")
-    return "\n".join([title, *lines, *([f"delta   {r['delta']}"] if "delta" in r else [])])
+        positions = f"{args.mask} {args.mask_seed}" if args.mask else ""
+        cells = ["loaded" if args.load else args.method, r["tuned_params"], r["density"], positions, r["lr"]]
+        cells += [r["best"] and r["best"]["step"], r["score"], r["seconds"]["all"], r["step_ms"], r["tokens_per_s"]]
+        cells.append(r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6)
+        rows.append(["" if x is None else format(x, form) for x, form in zip(cells, COLUMNS.values(), strict=True)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{form[0]}{width}" for form, width in zip(COLUMNS.values(), widths, strict=True)]
+    lines = ["  ".join(map(format, row, forms)) for row in rows]
+    lines += [f"result  {os.path.join(args.out, args.name)}.json", *([f"delta   {r['delta']}"] if "delta" in r else [])]
+    return "\n".join([f"\n{args.model} on {args.task} ({examples}): {r['metric']}; {guesses}", *lines])
 
 
 def reset_peak_memory(device: str) -> None:
     for i in range(torch.cuda.device_count()) if device != "cpu" else ():
         torch.cuda.reset_peak_memory_stats(i)
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:  # Linux: the process's own peak starts anew
-        f.write("5")
+    with contextlib.suppress(OSError):  # Linux: the process's own peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes since `reset_peak_memory`, over all GPUs; on a CPU without it (not Linux), since the process began."""
+    """Bytes since `reset_peak_memory`, over all GPUs; on a CPU, of the process, where the system is Linux."""
     if device != "cpu":
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", f.read())[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) if status.exists() else None
 
 
 def say(text: str, each_rank: bool = False) -> None:
@@ -2243,16 +2130,15 @@ def say(text: str, each_rank: bool = False) -> None:
 
 def read_result(args: argparse.Namespace) -> dict | None:
     """The result of a run that is done, with its delta if it has one; else None."""
-    file = os.path.join(args.out, f"{args.name}.json")
-    if not args.resume or args.export or not os.path.exists(file):
+    file = Path(args.out, f"{args.name}.json")
+    if not args.resume or args.export or not file.exists():
         return None
     try:
-        with open(file, encoding="utf-8") as f:
-            result = json.load(f)
+        result = json.loads(file.read_text(encoding="utf-8"))
         table([(args, result)])  # it holds all that will be read
     except Exception:  # a file that is no result can fail in any way
         raise UserError(f"{file} is no result of apet.py, or a broken one: delete it, or run it anew with --no-resume") from None
-    delta = args.save or f"{file.removesuffix('.json')}.safetensors"
+    delta = args.save or file.with_suffix(".safetensors")
     with contextlib.suppress(UserError):
         if not (args.save or "delta" in result) or load_tensors(delta)[1].get("run") == args.name:
             return result
@@ -2262,19 +2148,20 @@ def read_result(args: argparse.Namespace) -> dict | None:
 
 def check_folders(args: argparse.Namespace) -> None:
     """What would fail after hours of training is known now: a folder that can't be made or written, a name too long."""
-    for folder in filter(None, (args.out, args.export)):
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"can't make the folder {folder}: {e.strerror}") from None
     first = os.path.join(args.out, f"{runs(args)[0].name}.safetensors")
-    for file in filter(None, (first, args.save, args.export and os.path.join(args.export, "model.safetensors"))):
+    for file in filter(None, (first, args.export and os.path.join(args.export, "model.safetensors"), args.save)):
+        try:
+            if file != args.save:
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+        except OSError as e:
+            raise UserError(f"can't make the folder {os.path.dirname(file)}: {e.strerror}") from None
         write_file(f"{file}.check", lambda temporary: Path(temporary).touch())
         Path(f"{file}.check").unlink(missing_ok=True)  # another process of the same command may have been faster
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Every run that the arguments ask for. Raises UserError, Interrupted."""
+    """Every run that the arguments ask for. Raises UserError, KeyboardInterrupt."""
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # now, as it may be edited while it runs
     from_rank_0(lambda: check_folders(args))
     data = load_task(args)
 
@@ -2294,8 +2181,9 @@ def sweep(args: argparse.Namespace) -> None:
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
         for budget in args.budget if "apet" in args.method and not args.load else ():
             parse_budget(budget, base_of(model))  # a wrong one is known before the first run
-        if args.gradient_checkpointing:
-            checkpoint(model)
+        if args.gradient_checkpointing:  # the reentrant kind gives no gradient when a segment's inputs are frozen
+            with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     failed = []
     for i, own in enumerate(todo):
         if done[i] is None:
@@ -2303,7 +2191,7 @@ def sweep(args: argparse.Namespace) -> None:
             if len(todo) > 1:
                 say(title)
             try:
-                done[i] = run_in_memory(Run(model, coder, data, facts, own), todo)
+                done[i] = run_one(Run(model, coder, data, facts, own, code))
             except UserError as e:
                 if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
                     raise
@@ -2320,52 +2208,23 @@ def sweep(args: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} of {len(todo)} runs failed, for the reasons above: {', '.join(failed)}")
 
 
-def run_in_memory(run: Run, todo: list[argparse.Namespace]) -> dict:
-    """`run_one`; once GPU memory has run out, again with gradient checkpointing, which then stays on."""
-    try:
-        return run_one(run)
-    except torch.OutOfMemoryError:
-        if run.args.gradient_checkpointing:
-            raise UserError("out of GPU memory, even with checkpointing: lower --batch-size or raise --grad-accum") from None
-        if ranks()[1] > 1:  # the other processes go on, where this one would begin again
-            raise UserError("out of GPU memory: add --gradient-checkpointing") from None
-    say("out of GPU memory: once more with gradient checkpointing")
-    checkpoint(run.model)
-    for own in todo:
-        own.gradient_checkpointing = True
-    return run_in_memory(run, todo)
-
-
-def checkpoint(model: nn.Module) -> None:
-    """Non-reentrant: the reentrant kind gives no gradient when a segment's inputs are frozen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # renamed in transformers 5.23; the old name works in all of 5
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. 0: all went well; 2: the person can put it right; 128 + signal: interrupted; 1: what nobody foresaw."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
-        code_hash()  # now, as the file may be edited while it runs
-        args = check_args(parser().parse_args(argv))
-        if launched()[1] > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
-            torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
-        sweep(args)
+        sweep(check_args(parser().parse_args(argv)))
         if ranks()[1] > 1:
             torch.distributed.destroy_process_group()
         return 0
     except UserError as e:
         say(f"apet: error: {e}", each_rank=True)
         return 2
-    except Interrupted as e:
-        number, step = e.args
-        say(f"apet: interrupted after step {step}; the same command continues there", each_rank=True)
+    except KeyboardInterrupt as e:
+        number, step = e.args or (signal.SIGINT, None)
+        say("apet: interrupted" + f" after step {step}; the same command continues there" * bool(step), each_rank=True)
         return 128 + number
-    except KeyboardInterrupt:
-        return 130
     except Exception as e:
         if os.environ.get("APET_DEBUG") == "1":
             raise
