@@ -1683,8 +1683,11 @@ def loss_of(run: Run, examples: list[Example]) -> Tensor:
 
 def score(run: Run, examples: list[Example]) -> dict[str, float]:
     """The metrics of the task on these examples; the first is the one that counts."""
-    found = predict(run.model, run.coder, run.data, examples, run.args.eval_batch_size, run.args.device)
-    return measure(run.data.metric, found, examples)
+    size = run.args.eval_batch_size
+    try:
+        return measure(run.data.metric, predict(run.model, run.coder, run.data, examples, size, run.args.device), examples)
+    except torch.OutOfMemoryError:  # checkpointing saves memory in training alone
+        raise UserError(f"out of memory in evaluation: lower --eval-batch-size (now {size})") from None
 
 
 def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optimizer, dict]:
@@ -2031,11 +2034,28 @@ def run_one(run: Run) -> dict:
         result = make_result(run, tuned, record, scores, size) | {"lr": lr}
         from_rank_0(lambda: write_result(run, tuned, result))
         return result
-    except torch.OutOfMemoryError:
-        what = f"--gradient-checkpointing, more --grad-accum, less --batch-size or --eval-batch-size (now {args.eval_batch_size})"
-        raise UserError(f"out of GPU memory; what helps: {what}") from None
     finally:
         tuned.undo()
+
+
+def run_in_memory(run: Run, todo: list[argparse.Namespace]) -> dict:
+    """`run_one`; once training has run out of GPU memory, again with gradient checkpointing, which then stays on."""
+    try:
+        return run_one(run)
+    except torch.OutOfMemoryError:
+        if run.args.gradient_checkpointing or ranks()[1] > 1:  # the other processes go on, where this one would begin again
+            raise UserError("out of GPU memory: --gradient-checkpointing, less --batch-size or more --grad-accum help") from None
+    say("out of GPU memory: once more with gradient checkpointing")
+    checkpoint(run.model)
+    for own in todo:
+        own.gradient_checkpointing = True
+    return run_in_memory(run, todo)
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Not the reentrant kind, which gives no gradient when a segment's inputs are frozen."""
+    with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], size: int) -> dict:
@@ -2181,9 +2201,8 @@ def sweep(args: argparse.Namespace) -> None:
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
         for budget in args.budget if "apet" in args.method and not args.load else ():
             parse_budget(budget, base_of(model))  # a wrong one is known before the first run
-        if args.gradient_checkpointing:  # the reentrant kind gives no gradient when a segment's inputs are frozen
-            with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if args.gradient_checkpointing:
+            checkpoint(model)
     failed = []
     for i, own in enumerate(todo):
         if done[i] is None:
@@ -2191,7 +2210,7 @@ def sweep(args: argparse.Namespace) -> None:
             if len(todo) > 1:
                 say(title)
             try:
-                done[i] = run_one(Run(model, coder, data, facts, own, code))
+                done[i] = run_in_memory(Run(model, coder, data, facts, own, code), todo)
             except UserError as e:
                 if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
                     raise

@@ -919,18 +919,33 @@ def test_an_error_that_nobody_foresaw_is_one_line_that_says_what_failed_and_stat
         apet.main([*SMALL, "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("where", ["loss_sum", "predict"])
-def test_memory_that_runs_out_is_one_line_that_says_what_helps(tmp_path, monkeypatch, capsys, where):
+def test_memory_that_runs_out_is_met_with_checkpointing(tmp_path, monkeypatch):
+    original, calls = apet.loss_sum, []
+
+    def once(model, coder, batch):
+        calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, coder, batch)
+
+    run("--budget", "100", out=tmp_path / "a")
+    monkeypatch.setattr(apet, "loss_sum", once)
+    run("--budget", "100", out=tmp_path / "b")
+    assert calls[:2] == [False, False] and all(calls[2:]) and len(calls) == 2 + 6
+    assert only(tmp_path / "b")["loss_curve"] == pytest.approx(only(tmp_path / "a")["loss_curve"], rel=1e-4)
+    assert only(tmp_path / "b")["arguments"] == only(tmp_path / "a")["arguments"] | {
+        "gradient_checkpointing": True, "out": str(tmp_path / "b")
+    }  # fmt: skip
+
+
+def test_memory_that_runs_out_in_evaluation_is_not_answered_by_checkpointing(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(apet, where, full)
+    monkeypatch.setattr(apet, "predict", full)
     assert apet.main([*SMALL, "--budget", "100", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(
-        "apet: error: out of GPU memory; what helps: --gradient-checkpointing, more --grad-accum, less --batch-size"
-    )
-    assert said.endswith("--eval-batch-size (now 64)") and not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert "out of memory in evaluation: lower --eval-batch-size (now 64)" in said and "once more" not in said
 
 
 def test_peak_memory_is_that_of_all_devices_and_the_cpu_alone_opens_no_cuda_context(tmp_path, monkeypatch):
