@@ -151,17 +151,15 @@ class APET:
         if not any(p is self._weights[0] for p in self._owner._parameters.values()):  # the first stands for all
             raise UserError("the model's parameters were replaced (by FSDP, or by loading with assign=True)")
         self._passes.clear()  # of a backward pass that failed
-        cast: dict[tuple, tuple] = {}  # once for each device and dtype, not for each tensor
-        for number, (weight, index) in enumerate(zip(self._weights, self._indices, strict=True)):
-            if (kind := (weight.device, weight.dtype)) not in cast:
-                cast[kind] = self.values.to(*kind).split(self._sizes)
-            write_entries(weight, index, cast[kind][number])
+        kinds = [(w.device, w.dtype) for w in self._weights]
+        cast = {kind: self.values.to(*kind).split(self._sizes) for kind in set(kinds)}  # once for each, not for each tensor
+        write_entries(self._weights, self._indices, [cast[kind][number] for number, kind in enumerate(kinds)])
 
     @torch.no_grad()
     def restore(self) -> None:
         """The pretrained numbers -> the model's weights, bit for bit. `values` stays, so write() brings it back."""
-        for weight, index, numbers in zip(self._weights, self._indices, self._pretrained, strict=True):
-            write_entries(weight, index, numbers)
+        numbers = [p.to(w.dtype) for p, w in zip(self._pretrained, self._weights, strict=True)]
+        write_entries(self._weights, self._indices, numbers)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """write() and values.grad = None after each optimizer.step(), until remove(); model.zero_grad() clears it, too.
@@ -193,12 +191,14 @@ class APET:
         return load_delta(model, file, backend)
 
 
-def write_entries(weight: Tensor, index: Tensor, numbers: Tensor) -> None:
-    """weight.flatten()[index] = numbers, in place."""
-    if torch.are_deterministic_algorithms_enabled():  # put_ is not, on a GPU
-        weight.copy_(weight.flatten().index_copy_(0, index, numbers.to(weight.dtype)).view_as(weight))
-    else:
-        weight.put_(index, numbers.to(weight.dtype))
+def write_entries(weights: list[nn.Parameter], indices: list[Tensor], numbers: Iterable[Tensor]) -> None:
+    """Of each weight, in place: weight.flatten()[index] = numbers."""
+    deterministic = torch.are_deterministic_algorithms_enabled()  # put_ is not, on a GPU
+    for weight, index, part in zip(weights, indices, numbers, strict=True):
+        if deterministic:
+            weight.copy_(weight.flatten().index_copy_(0, index, part).view_as(weight))
+        else:
+            weight.put_(index, part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
