@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODELS, ROOT, batch_for, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -282,6 +284,26 @@ def test_a_broken_delta_is_one_line(tmp_path, damage):
         APET.load(model, file)
     assert "\n" not in str(e.value)
     APET(model, 3).remove()  # nothing of the attempt is left
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_whatever_bytes_a_delta_holds_it_loads_or_is_a_value_error(tmp_path_factory, data):
+    file, model = tmp_path_factory.getbasetemp() / "fuzzed.safetensors", torch.nn.Linear(4, 5)
+    apet = APET(model, 3)
+    apet.save(file)
+    apet.remove()
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    before = bits(model)
+    try:
+        loaded = APET.load(model, file)
+    except ValueError as e:
+        assert "\n" not in str(e) and same(before, bits(model)) and all(p.requires_grad for p in model.parameters())
+    else:
+        assert loaded.values.isfinite().all() and len(loaded.values) == 3
 
 
 def test_two_saves_of_the_same_numbers_are_the_same_bytes(tmp_path):
