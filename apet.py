@@ -29,11 +29,8 @@ import os
 import re
 import warnings
 import weakref
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
-from zlib import compress, decompressobj
-from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -91,7 +88,7 @@ class APET:
         self._pretrained = [w.detach().take(index) for w, index in zip(self._weights, self._indices, strict=True)]
         self._sizes = [len(index) for index in self._indices]
         self.values = nn.Parameter(torch.cat([p.to(self._weights[0].device, torch.float32) for p in self._pretrained]))
-        self._passes: dict[int, list[tuple[int, Tensor]]] = {}  # of each running backward pass, (number of the tensor, gradient)
+        self._passes: dict[object, list] = {}  # of each running backward pass, (number of the tensor, gradient)
         self._attached, self._smallest, self._sentinel = False, min(self._weights, key=Tensor.numel), None
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
         TUNED.add(model)
@@ -112,10 +109,11 @@ class APET:
             self._undo.callback(delattr, model, "_ddp_params_and_buffers_to_ignore")
         add_fast_path(self, model, backend)
 
-    def _take(self, number: int, index: Tensor, weight: Tensor) -> None:
-        """Autograd has formed a weight's dense gradient: gather the chosen entries, and drop it."""
+    def _take(self, number: int, index: Tensor | None, weight: Tensor) -> None:
+        """Autograd has formed a weight's dense gradient: gather the chosen entries (None: all), and drop it."""
         if (grad := weight.grad) is not None:  # None where a compiled model calls the hook
-            self._running_pass().append((number, (grad.to_dense() if grad.is_sparse else grad).take(index)))
+            grad = grad.to_dense() if grad.is_sparse else grad
+            self._running_pass().append((number, grad if index is None else grad.take(index)))
             weight.grad = None
 
     def _running_pass(self) -> list[tuple[int, Tensor]]:
@@ -158,8 +156,7 @@ class APET:
     @torch.no_grad()
     def restore(self) -> None:
         """The pretrained numbers -> the model's weights, bit for bit. `values` stays, so write() brings it back."""
-        numbers = [p.to(w.dtype) for p, w in zip(self._pretrained, self._weights, strict=True)]
-        write_entries(self._weights, self._indices, numbers)
+        write_entries(self._weights, self._indices, [p.to(w.dtype) for p, w in zip(self._pretrained, self._weights, strict=True)])
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """write() and values.grad = None after each optimizer.step(), until remove(); model.zero_grad() clears it, too.
@@ -221,6 +218,8 @@ COST = {
     "cuda": dict(entry=2_000, dot=math.inf, line=500, call=1_400_000),
 }
 FEW = 2048  # entries that are summed at a time: tokens x entries numbers are a layer's largest temporary
+PUT_OFF = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers that wait for their sum: bounds the memory
+WHOLE_BACKWARD = torch.autograd.Variable._execution_engine.is_checkpoint_valid  # loss.backward() without inputs=
 
 
 class Entries(NamedTuple):
@@ -228,45 +227,59 @@ class Entries(NamedTuple):
 
     weight: nn.Parameter
     number: int  # of the tensor among those that are tuned
-    row: Tensor  # (k,): the row of each entry; of an embedding, its place in `keep`
-    column: Tensor | None  # (k,): where its column lies in what forward keeps; None: one column for each entry
-    keep: Tensor | None  # the columns of x that forward keeps (None: x); of an embedding, the distinct rows
-    few: bool = False  # whether the sums are put off
-    sampled: bool = False  # whether they are sampled dot products
-    pending: Pending | None = None  # what the layers of this device bring
-    link: Tensor | None = None  # by which `values` become an ancestor of the layer's output
-    piece: Tensor | None = None  # (k,): the same for compiled models, which return its gradient
+    sums: Sums
+    row: Tensor  # (k,)
+    column: Tensor | None  # (k,): its place in what forward keeps; None: one column for each entry
+    keep: Tensor | None = None  # the columns of x that forward keeps; None: x itself
+    sampled: bool = False  # whether the sums are sampled dot products
+    piece: Tensor | None = None  # (k,) zeros, of which compiled models return the gradient
 
 
-class Pending:
-    """What the layers of one device bring in a backward pass. Small sums are put off and made together: fewer calls."""
+class Sums:
+    """Makes the sums of all layers. Small ones are put off and made together: fewer calls."""
 
-    def __init__(self, apet: APET, device: torch.device, node: object, probe: object):
-        self.apet, self.node, self.probe = apet, node, probe
-        self.most = 1 << 20 if device.type == "cpu" else 1 << 24  # numbers that are put off: bounds the memory
-        self.task, self.size, self.factors = None, 0, []  # factors: (number of the tensor, dy and x at its entries)
-        self.tables: dict[int, Tensor] = {}  # number: sparse zeros (rows, columns kept), for sampled dot products
+    def __init__(self, apet: APET):
+        self.apet, self.tables = apet, {}  # number of the tensor: sparse zeros (rows, columns kept), for sampled sums
+        self.link = Link.apply(apet.values, self)  # makes `values` an ancestor of every tuned layer's output
 
-    def start(self, task: int) -> None:
-        """Another backward pass than the last one begins, or goes on."""
+    def brought(self) -> list[tuple[int, Tensor]] | None:
+        """What the running pass has brought; None if it asks for the gradients of inputs alone."""
         if torch.is_grad_enabled():
             raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
-        self.sum_up()
-        self.task, self.brought = task, []
-        if torch._C._will_engine_execute_node(self.node):  # else only the gradient of an input is asked for
-            if not torch._C._will_engine_execute_node(self.probe):
-                raise UserError("values get gradients by loss.backward() alone, not by autograd.grad or backward(inputs=...)")
-            self.brought = self.apet._running_pass()
+        return self.apet._running_pass() if WHOLE_BACKWARD() else None
 
-    def sum_up(self) -> None:
-        groups: dict[object, list[tuple[int, Tensor, Tensor]]] = {}
-        for factors in self.factors:
-            groups.setdefault((factors[1].shape[:-1], factors[1].dtype), []).append(factors)
-        for group in groups.values():
-            numbers, dys, xs = zip(*group, strict=True)
-            sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
-            self.brought += zip(numbers, sums, strict=True)
-        self.size, self.factors = 0, []
+    def add(self, e: Entries, dy: Tensor, x: Tensor) -> None:
+        """dy: (..., rows), x: (..., columns kept)."""
+        if (brought := self.brought()) is None:
+            return
+        if e.sampled:
+            return brought.append((e.number, self.sampled_sums(e, dy, x)))
+        if len(e.row) > FEW:  # a part of the entries at a time
+            column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
+            parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
+            return brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(x, c)) for r, c in parts])))
+        key = torch._C._current_graph_task_id(), dy.device, dy.shape[:-1], dy.dtype
+        group = self.apet._passes.setdefault(key, [0])
+        group.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
+        group[0] += group[-1][1].numel()
+        if group[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
+            self.sum_up(key)
+
+    def sum_up(self, key: tuple) -> None:
+        numbers, dys, xs = zip(*self.apet._passes.pop(key)[1:], strict=True)
+        sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
+        self.apet._running_pass().extend(zip(numbers, sums, strict=True))
+
+    def add_rows(self, e: Entries, ids: Tensor, padding: int | None, dy: Tensor) -> None:
+        """An embedding: the output's gradient dy (..., columns), summed over equal ids, at the chosen entries."""
+        if (brought := self.brought()) is None:
+            return
+        dy, ordered = dy.reshape(len(ids), dy.shape[-1]), ids.sort().values
+        sums = torch.zeros(len(ids) + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+        sums.index_add_(0, torch.searchsorted(ordered, ids), dy.to(sums.dtype))  # where the first of equal ids is
+        place = torch.searchsorted(ordered, e.row.to(ids.dtype))
+        found = (pad(ordered, (0, 1), value=-1)[place] == e.row) & (e.row != (-1 if padding is None else padding))
+        brought.append((e.number, sums[place, e.column].where(found, 0)))
 
     def sampled_sums(self, e: Entries, dy: Tensor, x: Tensor) -> Tensor:
         """(..., rows), (..., columns kept) -> (k,): for many entries, rows and columns are laid out first."""
@@ -281,24 +294,22 @@ class Pending:
 
 
 class Link(torch.autograd.Function):
-    """values -> (link, a piece for each tensor); in backward, its turn comes when all layers have had theirs."""
+    """values -> 0, an input of every tuned layer; in a backward pass, its turn comes when all layers have had theirs."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, probe: Tensor, apet: APET, numbers: list[int], pending: dict[object, Pending]) -> tuple:
+    def forward(ctx, values: Tensor, sums: Sums) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.apet, ctx.numbers, ctx.pending = apet, numbers, pending
-        pieces = [values.new_zeros((), device=apet._weights[n].device).expand(apet._sizes[n]) for n in numbers]
-        return torch.zeros(()), *pieces
+        ctx.sums = sums
+        return torch.zeros(())
 
     @staticmethod
-    def backward(ctx, _: None, *grads: Tensor | None) -> tuple[None, ...]:
-        for pending in ctx.pending.values():
-            if pending.task == torch._C._current_graph_task_id():
-                pending.sum_up()
-        if compiled := [(n, grad) for n, grad in zip(ctx.numbers, grads, strict=True) if grad is not None]:
-            next(iter(ctx.pending.values())).start(torch._C._current_graph_task_id())
-            ctx.apet._running_pass().extend(compiled)
-        return None, None, None, None, None
+    def backward(ctx, _: None) -> tuple[None, None]:
+        if not WHOLE_BACKWARD():
+            raise UserError("values get gradients by loss.backward() alone, not by autograd.grad or backward(inputs=...)")
+        task = torch._C._current_graph_task_id()
+        for key in [key for key in ctx.sums.apet._passes if isinstance(key, tuple) and key[0] == task]:
+            ctx.sums.sum_up(key)
+        return None, None
 
 
 class LinearEntries(torch.autograd.Function):
@@ -322,91 +333,45 @@ class LinearEntries(torch.autograd.Function):
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[1] else None
         if torch.compiler.is_compiling():
             return dx, db, sum_products(columns(dy, e.row), kept if e.column is None else columns(kept, e.column)), None
-        pending, task = e.pending, torch._C._current_graph_task_id()
-        if pending.task != task:
-            pending.start(task)
-        if e.few:
-            pending.factors.append((e.number, columns(dy, e.row), kept if e.column is None else columns(kept, e.column)))
-            pending.size += kept.numel()
-            if pending.size > pending.most:
-                pending.sum_up()
-        elif e.sampled:
-            pending.brought.append((e.number, pending.sampled_sums(e, dy, kept)))
-        else:  # a part of the entries at a time
-            column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
-            parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
-            pending.brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(kept, c)) for r, c in parts])))
+        e.sums.add(e, dy, kept)
         return dx, db, None, None
-
-
-class EmbeddingEntries(torch.autograd.Function):
-    """y = W[ids]; in backward the output's gradient, summed over equal ids, at the chosen entries."""
-
-    @staticmethod
-    def forward(ctx, ids: Tensor, padding: int | None, link: Tensor, entries: Entries) -> Tensor:
-        ctx.entries, ctx.padding = entries, -1 if padding is None else padding
-        ctx.save_for_backward(ids)
-        return embedding(ids, entries.weight).detach()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple:
-        e, ids = ctx.entries, ctx.saved_tensors[0].reshape(-1)
-        dy, tokens = dy.reshape(ids.numel(), -1), ids.numel()
-        if not tokens:
-            return None, None, None, None
-        ids, order = ids.sort()
-        group = pad((ids[1:] != ids[:-1]).cumsum(0), (1, 0))  # equal ids form a group
-        sums = dy.new_zeros(tokens + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
-        sums.index_add_(0, group, dy.index_select(0, order).to(sums.dtype))
-        first = torch.searchsorted(ids, e.keep).clamp_(max=tokens - 1)
-        found = (ids[first] == e.keep) & (e.keep != ctx.padding)
-        place = torch.where(found, group[first], tokens)  # the last row of `sums` is zero: for rows that no id names
-        gradient = sums.view(-1).take(place[e.row] * dy.shape[1] + e.column)
-        if torch.compiler.is_compiling():
-            return None, None, gradient, None
-        if e.pending.task != (task := torch._C._current_graph_task_id()):
-            e.pending.start(task)
-        e.pending.brought.append((e.number, gradient))
-        return None, None, None, None
 
 
 apply_linear = super(torch.autograd.Function, LinearEntries).apply  # without the Python around it, which serves torch.func
 
 
 class TunedLinear(nn.Linear):
-    """An nn.Linear with tuned entries, but for copies of its weight (functional_call, DataParallel) and under torch.func."""
+    """An nn.Linear with tuned entries."""
 
     def forward(self, input: Tensor) -> Tensor:
-        e = getattr(self, "tuned", None)
-        if e is None or self.weight is not e.weight or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if (e := entries_of(self)) is None:
             return linear(input, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return LinearEntries.apply(input, self.bias, e.piece, e)
-        return apply_linear(input, self.bias, e.link, e)
+        return apply_linear(input, self.bias, e.sums.link, e)
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # copies are plain layers, by deepcopy and by pickle
-        return object.__new__, (nn.Linear,), {name: value for name, value in vars(self).items() if name != "tuned"}
+        return object.__new__, type(self).__bases__, {name: value for name, value in vars(self).items() if name != "tuned"}
 
 
 class TunedEmbedding(nn.Embedding):
-    """The same for nn.Embedding."""
+    """An nn.Embedding with tuned entries; in a compiled model, by the hook path."""
 
     def forward(self, input: Tensor) -> Tensor:
-        e = getattr(self, "tuned", None)
-        if e is None or self.weight is not e.weight or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or (e := entries_of(self)) is None:
             return embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        return EmbeddingEntries.apply(input, self.padding_idx, e.piece if torch.compiler.is_compiling() else e.link, e)
+        y = embedding(input, self.weight.detach()) + e.sums.link
+        y.register_hook(functools.partial(e.sums.add_rows, e, input.flatten(), self.padding_idx))
+        return y
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return object.__new__, (nn.Embedding,), {name: value for name, value in vars(self).items() if name != "tuned"}
+    __reduce_ex__ = TunedLinear.__reduce_ex__
 
 
-def set_class(layer: nn.Module, kind: type[nn.Module], entries: Entries | None = None) -> None:
-    layer.__class__, layer.tuned = kind, entries
-    if entries is None:
-        del layer.tuned
-    if "_old_forward" in vars(layer):  # accelerate has wrapped it
-        layer._old_forward = kind.forward.__get__(layer)
+def entries_of(layer: nn.Module) -> Entries | None:
+    """None where its weight is another's (functional_call, DataParallel), without gradients, and under torch.func."""
+    e = getattr(layer, "tuned", None)
+    off = e is None or layer.weight is not e.weight or not torch.is_grad_enabled()
+    return None if off or torch._C._are_functorch_transforms_active() else e
 
 
 def columns(x: Tensor, index: Tensor) -> Tensor:
@@ -422,6 +387,14 @@ def sum_products(dy: Tensor, x: Tensor) -> Tensor:
     return dy.mul_(x).reshape(-1, dy.shape[-1]).sum(0)
 
 
+def set_class(layer: nn.Module, kind: type[nn.Module], entries: Entries | None = None) -> None:
+    layer.__class__, layer.tuned = kind, entries
+    if entries is None:
+        del layer.tuned
+    if "_old_forward" in vars(layer):  # accelerate has wrapped it
+        layer._old_forward = kind.forward.__get__(layer)
+
+
 def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
     """Change the class of the tuned nn.Linear and nn.Embedding layers; "auto": of those where it is cheaper."""
     layers: dict[int, list[nn.Module]] = {}  # of each weight, those whose own forward can be replaced
@@ -429,42 +402,36 @@ def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
         plain = "forward" not in vars(m) or hasattr(m, "_hf_hook")  # accelerate wraps forward, and calls the old one
         if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
             layers.setdefault(id(m.weight), []).append(m)
-    chosen: dict[int, list[tuple[nn.Module, Entries, bool]]] = {}
+    sums = Sums(apet)
     for number, (weight, index) in enumerate(zip(apet._weights, apet._indices, strict=True)):
-        if id(weight) in layers and backend != "hook" and not (apet._in_group and weight is apet._smallest):
-            made = [(m, *choose_entries(m, number, weight, index)) for m in layers[id(weight)]]
-            if backend == "gather" or any(cheaper for _, _, cheaper in made):
-                chosen[number] = made
-    probe, pending = torch.zeros((), requires_grad=True), {}
-    link, *pieces = Link.apply(apet.values, probe, apet, list(chosen), pending)
-    nodes = link.grad_fn, torch.autograd.graph.get_gradient_edge(probe).node
-    for piece, made in zip(pieces, chosen.values(), strict=True):
-        device = made[0][1].weight.device
-        pending.setdefault(device, Pending(apet, device, *nodes))
-        for m, entries, _ in made:
-            apet._undo.callback(set_class, m, type(m))
-            entries = entries._replace(pending=pending[device], link=link, piece=piece)
-            set_class(m, TunedLinear if type(m) is nn.Linear else TunedEmbedding, entries)
+        if id(weight) not in layers or backend == "hook" or (apet._in_group and weight is apet._smallest):
+            continue
+        piece = weight.new_zeros((), dtype=torch.float32).expand(len(index)).requires_grad_()
+        made = [choose_entries(m, Entries(weight, number, sums, index, None, piece=piece)) for m in layers[id(weight)]]
+        if backend == "gather" or any(cheaper for _, cheaper in made):
+            piece.register_post_accumulate_grad_hook(functools.partial(apet._take, number, None))
+            for m, (entries, _) in zip(layers[id(weight)], made, strict=True):
+                apet._undo.callback(set_class, m, type(m))
+                set_class(m, TunedLinear if type(m) is nn.Linear else TunedEmbedding, entries)
 
 
-def choose_entries(layer: nn.Module, number: int, weight: nn.Parameter, index: Tensor) -> tuple[Entries, bool]:
-    """(what the layer needs, whether it is cheaper than the hook path); see COST."""
-    (height, width), k = weight.shape, len(index)
-    row, column = index // width, index % width
+def choose_entries(layer: nn.Module, e: Entries) -> tuple[Entries, bool]:
+    """`e`, whose rows are flat indices so far, made whole; and whether it is cheaper than the hook path: see COST."""
+    (height, width), k = e.weight.shape, len(e.row)
+    e = e._replace(row=e.row // width, column=e.row % width)
     if type(layer) is nn.Embedding:  # its dense gradient costs its own size
-        keep, row = row.unique(return_inverse=True)
-        return Entries(weight, number, row, column, keep), height >= 512 and k < weight.numel() // 4
-    cost = COST["cpu" if weight.is_cpu else "cuda"]
-    keep, place = column.unique(return_inverse=True)
+        return e, height >= 512 and k < e.weight.numel() // 4
+    cost = COST["cpu" if e.weight.is_cpu else "cuda"]
+    keep, place = e.column.unique(return_inverse=True)
     one_by_one, sampled = cost["entry"] * k, cost["dot"] * k + cost["line"] * (height + len(keep))
-    cheaper = min(one_by_one, sampled) + cost["line"] * len(keep) + cost["call"] < weight.numel()
-    if len(keep) >= 0.9 * width:  # nearly all: x itself, without a copy
-        keep, place = None, column
-    if sampled < one_by_one and weight.dtype != torch.float64:
-        return Entries(weight, number, row, place, keep, sampled=True), cheaper
-    if keep is not None and k == len(keep):  # no column twice: no second selection in backward
-        keep, place = column, None
-    return Entries(weight, number, row, place, keep, few=k <= FEW), cheaper
+    cheaper = min(one_by_one, sampled) + cost["line"] * len(keep) + cost["call"] < e.weight.numel()
+    if len(keep) < 0.9 * width:  # else x itself, without a copy
+        e = e._replace(column=place, keep=keep)
+    if sampled < one_by_one and e.weight.dtype != torch.float64:
+        return e._replace(sampled=True), cheaper
+    if e.keep is not None and k == len(keep):  # no column twice: no second selection in backward
+        e = e._replace(column=None, keep=keep[place])
+    return e, cheaper
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,7 +499,7 @@ def select_positions(
             taken[i] = taken[i] or min(sizes[i], k - taken.sum())
         indices = [np.arange(t) for t in taken]
     elif mask in ("magnitude", "gradient"):
-        indices = _largest(list(tensors) if mask == "magnitude" else _squared_gradients(model, tensors, batches), k)
+        indices = _largest(tensors if mask == "magnitude" else _squared_gradients(model, tensors, batches), k)
     else:
         indices = _draw_units(mask, tensors, k, bits)
     return {n: torch.from_numpy(np.ascontiguousarray(i)) for n, i in zip(names, indices, strict=True) if len(i)}
@@ -562,10 +529,10 @@ def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
         if isinstance(where, str) and where in WHERE:
             found = [n for n, p in params.items() if re.search(WHERE[where], f"{owners[id(p)]}/{n}".lower())]
         elif layers:
-            numbers = {n: re.search(r"(?:^|\.)(?:block|blocks|layer|layers|h)\.(\d+)\.", n) for n in params}
+            numbers = {n: re.search(r"(?:^|\.)(?:blocks?|layers?|h)\.(\d+)\.", n) for n in params}
             found = [n for n, i in numbers.items() if i and int(layers[1]) <= int(i[1]) <= int(layers[2] or layers[1])]
         else:
-            found = [n for n in params if re.search(where, n)] if where or where is None else []
+            found = [n for n in params if re.search(where, n)] if where != "" else []
     except (re.error, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as e:
         known = f"none of {', '.join(WHERE)}, layers:0-3 and no regular expression"
         raise UserError(f"where={repr(where)[:60]} is {known} ({str(e)[:80]})") from None
@@ -595,12 +562,9 @@ def parse_budget(budget: Budget, model: nn.Module) -> int:
             raise UserError(f"a budget of {text!r} needs the whole of apet.py, where that method is")
         return method_parameters(model, text)
     if text.endswith("%"):
-        try:
-            share = float(text[:-1])
-        except ValueError:
-            share = 0.0
+        share = float(text[:-1]) if re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d+)?%", text) else 0
         if not 0 < share <= 100:
-            raise UserError(f"the budget {text[:60]} must be above 0% and at most 100%")
+            raise UserError(f"the budget {text[:60]!r} must be above 0% and at most 100%")
         return parse_count(round(share * total / 100), f"the budget {text[:60]} of {total:,} scalars")
     k = parse_count(budget, f"the budget (a share such as 0.1% or a method, {', '.join(COUNTED)}, will do, too)")
     if k > total:
@@ -608,16 +572,14 @@ def parse_budget(budget: Budget, model: nn.Module) -> int:
     return k
 
 
-def _draw(n: int, k: int, bits: np.random.PCG64, ordered: bool = False) -> np.ndarray:
-    """`k` of range(n), each subset equally likely (the modulus is off by n / 2**64): sorted, or in random order."""
-    if ordered and 4 * k > n:
-        return np.argsort(bits.random_raw(n), kind="stable")[:k]
+def _draw(n: int, k: int, bits: np.random.PCG64) -> np.ndarray:
+    """`k` of range(n), sorted, each subset equally likely (the modulus is off by n / 2**64)."""
 
     def draw(count: int) -> np.ndarray:
         return (bits.random_raw(count) % np.uint64(n)).view(np.int64)
 
     # What was drawn before is drawn again; never more than k, so nothing has to be thrown away.
-    if not ordered and 32 * k > n:  # many: a mark for each is faster than sorting
+    if 32 * k > n:  # many: a mark for each is faster than sorting
         few = 2 * k > n  # are left out: draw those
         marks = np.zeros(n, dtype=bool)
         while missing := (n - k if few else k) - np.count_nonzero(marks):
@@ -625,9 +587,7 @@ def _draw(n: int, k: int, bits: np.random.PCG64, ordered: bool = False) -> np.nd
         return np.flatnonzero(marks != few)
     drawn = np.empty(0, dtype=np.int64)
     while len(drawn) < k:
-        drawn = np.concatenate([drawn, draw(k - len(drawn))])
-        first = np.unique(drawn, return_index=True)[1]
-        drawn = drawn[np.sort(first) if ordered else first]
+        drawn = np.unique(np.concatenate([drawn, draw(k - len(drawn))]))
     return drawn
 
 
@@ -640,26 +600,20 @@ def _draw_units(mask: str, tensors: Iterable[Tensor], k: int, bits: np.random.PC
         grid.append((r, c, *{"row": (1, c), "column": (r, 1), "block": (BLOCK, BLOCK)}[mask]))
     R, C, h, w = np.array(grid, dtype=np.int64).T
     across, down = -(-C // w), -(-R // h)
-    ends, state = np.cumsum(down * across), bits.state
-    units = int(ends[-1])
-    for n in (min(units, int(1.1 * k / ((R * C).sum() / units)) + 16), units):  # by their mean size; rarely, all
-        bits.state = state
-        unit = _draw(units, n, bits, ordered=True)
-        which = np.searchsorted(ends, unit, side="right")
-        local = unit - (ends - down * across)[which]
-        top, left = local // across[which] * h[which], local % across[which] * w[which]
-        bottom, right = np.minimum(top + h[which], R[which]), np.minimum(left + w[which], C[which])
-        filled = np.cumsum((bottom - top) * (right - left))
-        if filled[-1] >= k:
+    ends, out = np.cumsum(down * across), [[np.empty(0, np.int64)] for _ in grid]
+    units = _draw(int(ends[-1]), min(k, int(ends[-1])), bits)  # k are enough: each holds a scalar
+    for unit in units[np.argsort(bits.random_raw(len(units)), kind="stable")]:
+        t = np.searchsorted(ends, unit, side="right")
+        i, j = divmod(unit - (ends[t] - down[t] * across[t]), across[t])
+        rows, cols = np.arange(i * h[t], min((i + 1) * h[t], R[t])), np.arange(j * w[t], min((j + 1) * w[t], C[t]))
+        out[t].append((rows[:, None] * C[t] + cols).ravel()[:k])
+        k -= len(out[t][-1])
+        if not k:
             break
-    out: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in grid]
-    for u in range(int(np.searchsorted(filled, k)) + 1):  # the last is the one in which the count is reached
-        scalars = np.arange(top[u], bottom[u])[:, None] * C[which[u]] + np.arange(left[u], right[u])
-        out[which[u]].append(scalars.ravel()[: k - (filled[u - 1] if u else 0)])
     return [np.sort(np.concatenate(o)) for o in out]
 
 
-def _largest(tensors: list[Tensor], k: int) -> list[np.ndarray]:
+def _largest(tensors: Iterable[Tensor], k: int) -> list[np.ndarray]:
     """Flat indices of the k entries of largest magnitude over all tensors; of equal ones the first in order."""
     if any(t.is_meta for t in tensors):
         raise UserError("this mask reads the weights, and the model is on the meta device: load it first")
@@ -667,16 +621,15 @@ def _largest(tensors: list[Tensor], k: int) -> list[np.ndarray]:
     def scores(t: Tensor) -> Tensor:
         return t.detach().abs().flatten().to(torch.promote_types(t.dtype, torch.float32))
 
-    top = torch.empty(0)
+    top, out = torch.empty(0), []
     for t in tensors:
         top = torch.cat([top, scores(t).topk(min(k, t.numel())).values.cpu()])
         top = top.topk(min(k, len(top))).values
-    above = [(scores(t) > top[-1].item()).nonzero().flatten().cpu() for t in tensors]
-    spare, out = k - sum(map(len, above)), []
-    for t, a in zip(tensors, above, strict=True):
-        ties = (scores(t) == top[-1].item()).nonzero().flatten()[:spare].cpu() if spare else a[:0]
-        spare -= len(ties)
-        out.append(torch.cat([a, ties]).sort().values.numpy())
+    last, ties = top[-1].item(), int((top == top[-1]).sum())
+    for t in tensors:
+        equal = scores(t) == last
+        out.append(((scores(t) > last) | (equal & (equal.cumsum(0) <= ties))).nonzero().flatten().cpu().numpy())
+        ties -= min(ties, int(equal.sum()))
     return out
 
 
@@ -685,10 +638,9 @@ def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches
     batches = list(batches) if isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor)) else []
     if not batches or not all(callable(b) or isinstance(b, Mapping) for b in batches):
         raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
-    sums, flags = [torch.zeros_like(p, dtype=torch.float32) for p in params], [(p, p.requires_grad) for p in model.parameters()]
+    sums, frozen = [torch.zeros_like(p, dtype=torch.float32) for p in params], [p for p in params if not p.requires_grad]
     try:
-        model.requires_grad_(False)
-        for p in params:
+        for p in frozen:
             p.requires_grad_(True)
         for batch in batches:
             if (loss := batch() if callable(batch) else model(**batch).loss) is None:
@@ -697,8 +649,8 @@ def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches
                 if grad is not None:
                     total += grad.float().square()
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+        for p in frozen:
+            p.requires_grad_(False)
     return sums
 
 
@@ -706,21 +658,14 @@ def _own_positions(model: nn.Module, budget: Budget, mask: Mapping) -> dict[str,
     """The caller's {name: flat indices}, checked, sorted and in the model's order."""
     params, out = candidates(model), {}
     for name in sorted(mask, key=lambda name: list(params).index(one_of(name, params, "parameter"))):
+        own, size = mask[name], params[name].numel()
         try:
-            index = mask[name] if isinstance(mask[name], (Tensor, np.ndarray)) else list(mask[name])
-            index = torch.as_tensor(index, device="cpu")
-            whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-            if index.dim() != 1 or (index.numel() and not whole):
-                raise TypeError
-            index = index.to(torch.int64).sort().values
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise UserError(f"the positions of {name} must be a flat list of whole numbers") from None
-        if len(index) and not 0 <= index[0] <= index[-1] < params[name].numel():
-            last = params[name].numel() - 1
-            raise UserError(f"the positions of {name} must lie in 0 to {last:,}; they reach from {index[0]} to {index[-1]}")
-        if (index[1:] == index[:-1]).any():
-            raise UserError(f"the positions of {name} hold an index twice")
-        out |= {name: index} if len(index) else {}
+            index = np.sort(own.cpu() if isinstance(own, Tensor) else own)
+            if index.size and (index.dtype.kind not in "iu" or len(np.unique(index)) < index.size or index[0] < 0 or index[-1] >= size):
+                raise ValueError
+            out |= {name: torch.from_numpy(index.astype(np.int64).reshape(-1))} if index.size else {}
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"the positions of {name} must be a flat list of different whole numbers, 0 to {size - 1:,}") from None
     k = sum(map(len, out.values()))
     if not k:
         raise UserError("the positions are empty: name at least one scalar")
@@ -738,13 +683,12 @@ def save_delta(apet: APET, file: str | os.PathLike, more: Mapping[str, Tensor], 
     """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
 
     `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; `more` tensors under their names;
-    metadata: mask, seed, where, `about`, and `layout`: base64 of zlib of a JSON list of [name, shape, number of positions].
+    about: mask, seed, where, what was given, and `layout`: a list of [name, shape, number of positions].
     """
     layout = [[n, list(w.shape), len(i)] for (n, i), w in zip(apet.positions.items(), apet._weights, strict=True)]
     wide = max(w.numel() for w in apet._weights) > 2**31 - 1
     indices = torch.cat(list(apet.positions.values())).to(torch.int64 if wide else torch.int32)
-    packed = b64encode(compress(json.dumps(layout).encode(), 9)).decode()
-    about = {**apet.about, **about, "format": "apet 1", "layout": packed}
+    about = {**apet.about, **about, "format": "apet 2", "layout": layout}
     save_tensors({**more, "values": apet.values, "indices": indices}, file, about)
 
 
@@ -752,21 +696,20 @@ def load_delta(model: nn.Module, file: str | os.PathLike, backend: str = "auto")
     """The APET whose delta `file` holds, its values written into `model`. UserError for a broken or foreign file."""
     tensors, about = load_tensors(file)
     try:
-        layout = json.loads(decompressobj().decompress(b64decode(about["layout"], validate=True), 1 << 26))  # at most 64 MB
-        values, indices, own = tensors["values"], tensors["indices"], candidates(model)
+        values, indices, layout = tensors["values"], tensors["indices"], about["layout"]
         shapes, counts = {n: tuple(shape) for n, shape, _ in layout}, [int(count) for _, _, count in layout]
-        if (values.dtype, about["format"]) != (torch.float32, "apet 1") or indices.dtype not in (torch.int32, torch.int64):
+        if (values.dtype, about["format"]) != (torch.float32, "apet 2") or indices.dtype not in (torch.int32, torch.int64):
             raise ValueError
         if not values.shape == indices.shape == (sum(counts),) or len(shapes) < len(counts) or not values.isfinite().all():
             raise ValueError
         parts = dict(zip(shapes, indices.long().split(counts), strict=True))
-    except (KeyError, ValueError, TypeError, RecursionError, OverflowError, RuntimeError, ZlibError):
+    except (KeyError, ValueError, TypeError, RecursionError, OverflowError, RuntimeError):
         raise UserError(f"{file} is no delta of APET (or a broken one)") from None
+    own = {name: tuple(p.shape) for name, p in candidates(model).items()}
     for name, shape in shapes.items():
-        if name not in own:
-            raise UserError(f"{file} was made for another model: this one has no parameter {name[:100]!r}")
-        if tuple(own[name].shape) != shape:
-            raise UserError(f"{file} was made for another model: {name} is {shape} there and {tuple(own[name].shape)} here")
+        if own.get(name) != shape:
+            here = f"{own[name]} here" if name in own else "not in this one"
+            raise UserError(f"{file} was made for another model: {name[:100]!r} is {shape} there and {here}")
     positions = select_positions(model, None, parts)
     if list(positions) != list(parts) or any(not torch.equal(positions[n], i) for n, i in parts.items()):
         raise UserError(f"{file} was made for another model: its parameters come in another order")
@@ -778,33 +721,25 @@ def load_delta(model: nn.Module, file: str | os.PathLike, backend: str = "auto")
     return apet
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, about: Mapping[str, str]) -> None:
-    """Write a safetensors file; the same tensors and texts give the same bytes."""
+def save_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike, about: Mapping[str, str | list]) -> None:
+    """Write a safetensors file; the same numbers and texts give the same bytes: `about` is one entry of its metadata, as JSON."""
     from safetensors.torch import save_file
 
-    def write(temporary: str) -> None:
-        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        save_file(copies, temporary, {key: str(text) for key, text in about.items()})
-        with open(temporary, "r+b") as f:  # whose metadata come in random order
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            f.seek(8)
-            f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-
-    write_file(file, write)
+    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    texts = json.dumps({key: text if isinstance(text, list) else str(text) for key, text in about.items()}, sort_keys=True)
+    write_file(file, lambda temporary: save_file(copies, temporary, {"apet": texts}))
 
 
-def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; a UserError if it is none."""
+def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str | list]]:
+    """Tensors and texts that `save_tensors` wrote; a UserError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(file):
         raise UserError(f"there is no file {file}")
     try:
         with safe_open(file, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+            return {name: f.get_tensor(name) for name in f.keys()}, dict(json.loads((f.metadata() or {}).get("apet", "{}")))  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as e:
         raise UserError(f"{file} is not a safetensors file: {str(e)[:200]}") from None
 
 

@@ -1,6 +1,5 @@
 """The class: what is tuned, what stays bit-identical, what is saved, and how it fits into other people's loops."""
 
-import base64
 import copy
 import gc
 import io
@@ -9,7 +8,6 @@ import re
 import subprocess
 import sys
 import weakref
-import zlib
 from pathlib import Path
 
 import pytest
@@ -201,7 +199,7 @@ def test_a_delta_is_small(tmp_path):
         apet = APET(model, k)
         apet.save(tmp_path / "d.safetensors")
         apet.remove()
-        assert (tmp_path / "d.safetensors").stat().st_size <= 8 * k + 6_000
+        assert (tmp_path / "d.safetensors").stat().st_size <= 8 * k + 80 * len(apet.positions) + 500  # names and shapes
 
 
 def test_a_delta_can_be_read_without_apet(tmp_path):
@@ -209,9 +207,9 @@ def test_a_delta_can_be_read_without_apet(tmp_path):
     apet = APET(model, 100)
     apet.save(tmp_path / "d.safetensors", task="sst2")
     with safe_open(tmp_path / "d.safetensors", "pt") as f:
-        about, values, indices = f.metadata(), f.get_tensor("values"), f.get_tensor("indices")
+        about, values, indices = json.loads(f.metadata()["apet"]), f.get_tensor("values"), f.get_tensor("indices")
     assert about["task"] == "sst2"
-    layout = json.loads(zlib.decompress(base64.b64decode(about["layout"])))
+    layout = about["layout"]
     assert [n for n, _, _ in layout] == list(apet.positions) and values.shape == indices.shape == (100,)
     named = dict(model.named_parameters())
     parts = zip(layout, indices.split([c for _, _, c in layout]), strict=True)
@@ -221,7 +219,7 @@ def test_a_delta_can_be_read_without_apet(tmp_path):
 def test_a_delta_for_another_model_is_a_clear_error(tmp_path):
     file = tmp_path / "d.safetensors"
     APET(build("t5-untied"), 5000).save(file)
-    with pytest.raises(ValueError, match="made for another model: this one has no parameter"):
+    with pytest.raises(ValueError, match="made for another model: .* is .* there and not in this one"):
         APET.load(build("t5"), file)
     APET(torch.nn.Linear(4, 5), 3).save(file)
     other = torch.nn.Linear(5, 4)
@@ -235,10 +233,6 @@ DAMAGE = ("missing", "empty", "text", "cut", "other", "pickle", "layout", "unsor
 DAMAGE += ("float", "bfloat16", "complex64", "uint8", "nan", "inf", "twice", "bomb", "no list", "no shape")
 
 
-def layout_of(entries):
-    return base64.b64encode(zlib.compress(json.dumps(entries).encode())).decode()
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_broken_delta_is_one_line(tmp_path, damage):
     file, model = tmp_path / "d.safetensors", torch.nn.Linear(4, 5)
@@ -247,6 +241,10 @@ def test_a_broken_delta_is_one_line(tmp_path, damage):
     apet.remove()
     with safe_open(file, "pt") as f:
         tensors, about = {n: f.get_tensor(n) for n in ("values", "indices")}, f.metadata()
+
+    def with_layout(layout):
+        return {"apet": json.dumps({**json.loads(about["apet"]), "layout": layout})}
+
     if damage == "missing":
         file.unlink()
     elif damage == "empty":
@@ -260,7 +258,7 @@ def test_a_broken_delta_is_one_line(tmp_path, damage):
     elif damage == "pickle":
         torch.save({"values": torch.zeros(3)}, file)
     elif damage == "layout":
-        save_file(tensors, file, {**about, "layout": "bm90IHppcHBlZA=="})
+        save_file(tensors, file, with_layout("bm90IHppcHBlZA=="))
     elif damage == "unsorted":
         save_file({**tensors, "indices": torch.tensor([2, 2, 1], dtype=torch.int32)}, file, about)
     elif damage == "far":
@@ -270,16 +268,14 @@ def test_a_broken_delta_is_one_line(tmp_path, damage):
     elif damage in ("nan", "inf"):
         save_file({**tensors, "values": torch.tensor([0.0, float(damage), 0.0])}, file, about)
     elif damage == "twice":
-        layout = layout_of([["weight", [5, 4], 1], ["weight", [5, 4], 2]])
-        save_file({**tensors, "indices": torch.tensor([1, 2, 3], dtype=torch.int32)}, file, {**about, "layout": layout})
+        layout = with_layout([["weight", [5, 4], 1], ["weight", [5, 4], 2]])
+        save_file({**tensors, "indices": torch.tensor([1, 2, 3], dtype=torch.int32)}, file, layout)
     elif damage == "bomb":
-        bomb = zlib.compressobj(9)
-        packed = b"".join(bomb.compress(b" " * (1 << 24)) for _ in range(64)) + bomb.flush()  # a gigabyte
-        save_file(tensors, file, {**about, "layout": base64.b64encode(packed).decode()})
+        save_file(tensors, file, {"apet": "[" * 100_000})
     elif damage == "no list":
-        save_file(tensors, file, {**about, "layout": layout_of({"weight": 3})})
+        save_file(tensors, file, with_layout({"weight": 3}))
     elif damage == "no shape":
-        save_file(tensors, file, {**about, "layout": layout_of([["weight", None, 3]])})
+        save_file(tensors, file, with_layout([["weight", None, 3]]))
     with pytest.raises(ValueError) as e:
         APET.load(model, file)
     assert "\n" not in str(e.value)
@@ -314,7 +310,7 @@ def test_two_saves_of_the_same_numbers_are_the_same_bytes(tmp_path):
         apet.save(tmp_path / name, {"more": torch.ones(3)}, **facts)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
     with safe_open(tmp_path / "a", "pt") as f:
-        assert f.metadata()["key 7"] == "text 7 ü" and torch.equal(f.get_tensor("values"), apet.values)
+        assert json.loads(f.metadata()["apet"])["key 7"] == "text 7 ü" and torch.equal(f.get_tensor("values"), apet.values)
 
 
 def test_a_model_without_weights_is_an_error():
