@@ -89,6 +89,7 @@ class APET:
         self._sizes = [len(index) for index in self._indices]
         self.values = nn.Parameter(torch.cat([p.to(self._weights[0].device, torch.float32) for p in self._pretrained]))
         self._passes: dict[object, list] = {}  # of each running backward pass, (number of the tensor, gradient)
+        self._put_off: list[Callable[[int], list]] = []  # what the fast path brings at the end of a pass
         self._attached, self._smallest, self._sentinel = False, min(self._weights, key=Tensor.numel), None
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
         TUNED.add(model)
@@ -130,6 +131,8 @@ class APET:
     def _finish(self, task: int) -> None:
         if (brought := self._passes.pop(task, None)) is None:
             return
+        for late in self._put_off:
+            brought += late(task)
         parts: list[Tensor | None] = [None] * len(self._sizes)
         for number, part in brought:
             parts[number] = part if parts[number] is None else parts[number] + part
@@ -232,6 +235,7 @@ class Entries(NamedTuple):
     column: Tensor | None  # (k,): its place in what forward keeps; None: one column for each entry
     keep: Tensor | None = None  # the columns of x that forward keeps; None: x itself
     sampled: bool = False  # whether the sums are sampled dot products
+    link: Tensor | None = None  # a zero that requires a gradient, so that the layer's output does
     piece: Tensor | None = None  # (k,) zeros, of which compiled models return the gradient
 
 
@@ -240,7 +244,7 @@ class Sums:
 
     def __init__(self, apet: APET):
         self.apet, self.tables = apet, {}  # number of the tensor: sparse zeros (rows, columns kept), for sampled sums
-        self.link = Link.apply(apet.values, self)  # makes `values` an ancestor of every tuned layer's output
+        apet._put_off.append(self.rest)
 
     def brought(self) -> list[tuple[int, Tensor]] | None:
         """What the running pass has brought; None if it asks for the gradients of inputs alone."""
@@ -263,12 +267,16 @@ class Sums:
         group.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
         group[0] += group[-1][1].numel()
         if group[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
-            self.sum_up(key)
+            brought += self.sum_up(key)
 
-    def sum_up(self, key: tuple) -> None:
+    def sum_up(self, key: tuple) -> list[tuple[int, Tensor]]:
         numbers, dys, xs = zip(*self.apet._passes.pop(key)[1:], strict=True)
         sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
-        self.apet._running_pass().extend(zip(numbers, sums, strict=True))
+        return list(zip(numbers, sums, strict=True))
+
+    def rest(self, task: int) -> list[tuple[int, Tensor]]:
+        keys = [key for key in self.apet._passes if isinstance(key, tuple) and key[0] == task]
+        return [part for key in keys for part in self.sum_up(key)]
 
     def add_rows(self, e: Entries, ids: Tensor, padding: int | None, dy: Tensor) -> None:
         """An embedding: the output's gradient dy (..., columns), summed over equal ids, at the chosen entries."""
@@ -291,25 +299,6 @@ class Sums:
                 self.tables[e.number] = torch.sparse_csr_tensor(ends, e.column, zeros, size=(dy.shape[1], x.shape[1]))
         x = x.t().contiguous().t().float()
         return torch.sparse.sampled_addmm(self.tables[e.number], dy.t().float(), x, beta=0.0).values()
-
-
-class Link(torch.autograd.Function):
-    """values -> 0, an input of every tuned layer; in a backward pass, its turn comes when all layers have had theirs."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, sums: Sums) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.sums = sums
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx, _: None) -> tuple[None, None]:
-        if not WHOLE_BACKWARD():
-            raise UserError("values get gradients by loss.backward() alone, not by autograd.grad or backward(inputs=...)")
-        task = torch._C._current_graph_task_id()
-        for key in [key for key in ctx.sums.apet._passes if isinstance(key, tuple) and key[0] == task]:
-            ctx.sums.sum_up(key)
-        return None, None
 
 
 class LinearEntries(torch.autograd.Function):
@@ -348,7 +337,7 @@ class TunedLinear(nn.Linear):
             return linear(input, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return LinearEntries.apply(input, self.bias, e.piece, e)
-        return apply_linear(input, self.bias, e.sums.link, e)
+        return apply_linear(input, self.bias, e.link, e)
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # copies are plain layers, by deepcopy and by pickle
         return object.__new__, type(self).__bases__, {name: value for name, value in vars(self).items() if name != "tuned"}
@@ -360,7 +349,7 @@ class TunedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or (e := entries_of(self)) is None:
             return embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
-        y = embedding(input, self.weight.detach()) + e.sums.link
+        y = embedding(input, self.weight.detach()) + e.link
         y.register_hook(functools.partial(e.sums.add_rows, e, input.flatten(), self.padding_idx))
         return y
 
@@ -402,12 +391,13 @@ def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
         plain = "forward" not in vars(m) or hasattr(m, "_hf_hook")  # accelerate wraps forward, and calls the old one
         if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
             layers.setdefault(id(m.weight), []).append(m)
-    sums = Sums(apet)
+    sums, links = Sums(apet), {w.device: torch.zeros((), device=w.device, requires_grad=True) for w in apet._weights}
     for number, (weight, index) in enumerate(zip(apet._weights, apet._indices, strict=True)):
         if id(weight) not in layers or backend == "hook" or (apet._in_group and weight is apet._smallest):
             continue
         piece = weight.new_zeros((), dtype=torch.float32).expand(len(index)).requires_grad_()
-        made = [choose_entries(m, Entries(weight, number, sums, index, None, piece=piece)) for m in layers[id(weight)]]
+        e = Entries(weight, number, sums, index, None, link=links[weight.device], piece=piece)
+        made = [choose_entries(m, e) for m in layers[id(weight)]]
         if backend == "gather" or any(cheaper for _, cheaper in made):
             piece.register_post_accumulate_grad_hook(functools.partial(apet._take, number, None))
             for m, (entries, _) in zip(layers[id(weight)], made, strict=True):

@@ -219,12 +219,12 @@ def test_a_delta_can_be_read_without_apet(tmp_path):
 def test_a_delta_for_another_model_is_a_clear_error(tmp_path):
     file = tmp_path / "d.safetensors"
     APET(build("t5-untied"), 5000).save(file)
-    with pytest.raises(ValueError, match="made for another model: .* is .* there and not in this one"):
+    with pytest.raises(ValueError, match="made for another model: .* there and not in this one"):
         APET.load(build("t5"), file)
     APET(torch.nn.Linear(4, 5), 3).save(file)
     other = torch.nn.Linear(5, 4)
     before = bits(other)
-    with pytest.raises(ValueError, match=r"weight is \(5, 4\) there and \(4, 5\) here"):
+    with pytest.raises(ValueError, match=r"'weight' is \(5, 4\) there and \(4, 5\) here"):
         APET.load(other, file)
     assert same(before, bits(other)) and all(p.requires_grad for p in other.parameters())
 

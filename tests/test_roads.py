@@ -105,18 +105,19 @@ def test_autograd_grad_of_inputs_leaves_values_alone_and_of_values_is_an_error(b
     (got,) = torch.autograd.grad(model(x).square().sum(), [x])
     torch.testing.assert_close(got, wanted)
     assert apet.values.grad is None
-    with pytest.raises(RuntimeError if backend == "auto" else UserError, match=r"not have been used|loss\.backward"):
+    with pytest.raises(RuntimeError, match="not have been used"):  # torch's own: values are no part of the graph
         torch.autograd.grad(model(x).square().sum(), [apet.values])
     model(x).square().sum().backward()
     reference(x).square().sum().backward()
     close(apet.values.grad, expected({n: p.grad for n, p in reference.named_parameters()}, apet))
 
 
-def test_what_reaches_a_part_of_the_gradients_alone_is_an_error():
+def test_a_backward_pass_to_chosen_inputs_leaves_values_alone_and_second_derivatives_are_an_error():
     model, batch = build("t5"), batch_for("t5")
     apet = APET(model, 300, backend="gather")
-    with pytest.raises(UserError, match=r"loss\.backward\(\) alone"):
-        model(**batch).loss.backward(inputs=[apet.values])
+    model(**batch).loss.backward(inputs=[model.shared.weight])
+    assert apet.values.grad is None
+    model.shared.weight.grad = None
     with pytest.raises(UserError, match="no second derivatives"):
         model(**batch).loss.backward(create_graph=True)
     assert apet.values.grad is None
