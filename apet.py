@@ -450,21 +450,18 @@ def select_positions(
 ) -> dict[str, Tensor]:
     """Choose exactly `budget` scalars of `model`: {parameter name: sorted int64 flat (row-major) indices, on the CPU}.
 
-    Names and order are those of `model.named_parameters()`: a shared (tied) parameter counts once, by identity. The choice
-    depends on the model's shapes and the arguments alone ("magnitude", "gradient": on weights, too), on no machine or device.
+    Names and order are those of `model.named_parameters()`: a shared (tied) parameter counts once, by identity. The choice depends on
+    the model's shapes and the arguments ("magnitude", "gradient": on weights, too), on no machine or device. Memory is O(budget), but
+    for "magnitude" (copies of one tensor) and "gradient" (all candidates' gradients and squares). ValueError for what can't be chosen.
 
-    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars, whatever `where` says; or a method's
-        name ("lora", "adapter", "prompt", "bitfit"): as many as that method trains on this model.
-    mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact
-        count (a matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long
-        as they fit, the next one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches`
-        (equal scores: the first); or the caller's own {name: flat indices}, when `budget` may be None.
-    where: "all", "attention", "mlp", "embedding", "norm", "bias", "encoder", "decoder", "layers:0-3", or a regular expression
-        searched for in the parameter names.
+    budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars, whatever `where` says; or "lora", "adapter",
+        "prompt", "bitfit": as many as that method trains on this model.
+    mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact count (a matrix
+        is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long as they fit, the next one
+        cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches` (equal scores: the first); or the
+        caller's own {name: flat indices}, when `budget` may be None.
+    where: one of WHERE, "layers:0-3", or a regular expression searched for in the parameter names.
     batches: for "gradient": keyword arguments of the model, labels included, or functions that return a loss.
-
-    Memory is O(budget), also for a model on the meta device, but for "magnitude" (a copy of one tensor at a time) and
-    "gradient" (gradients of all candidates, and their squares). Raises ValueError for what can't be chosen.
     """
     if isinstance(mask, Mapping):
         return _own_positions(model, budget, mask)
@@ -524,12 +521,11 @@ def candidates(model: nn.Module, where: str = "all") -> dict[str, nn.Parameter]:
         else:
             found = [n for n in params if re.search(where, n)] if where != "" else []
     except (re.error, TypeError, ValueError, OverflowError, RecursionError, MemoryError) as e:
-        known = f"none of {', '.join(WHERE)}, layers:0-3 and no regular expression"
-        raise UserError(f"where={repr(where)[:60]} is {known} ({str(e)[:80]})") from None
+        known = ", ".join(WHERE)
+        raise UserError(f"where={repr(where)[:60]} is no regular expression ({str(e)[:60]}), nor {known} or layers:0-3") from None
     if not found:
         some = ", ".join(list(params)[:: max(1, len(params) // 8)])
-        close = "".join(f"; did you mean {w!r}?" for w in difflib.get_close_matches(str(where)[:60].lower(), WHERE, n=1))
-        raise UserError(f"where={repr(where)[:60]} names no parameter; there are {len(params)} to tune, such as {some}{close}")
+        raise UserError(f"where={repr(where)[:60]} names no parameter: use {', '.join(WHERE)} or a part of a name such as {some}")
     return {n: params[n] for n in found}
 
 
@@ -651,7 +647,7 @@ def _own_positions(model: nn.Module, budget: Budget, mask: Mapping) -> dict[str,
         own, size = mask[name], params[name].numel()
         try:
             index = np.sort(own.cpu() if isinstance(own, Tensor) else own)
-            if index.size and (index.dtype.kind not in "iu" or len(np.unique(index)) < index.size or index[0] < 0 or index[-1] >= size):
+            if index.size and not (index.dtype.kind in "iu" and 0 <= index[0] and index[-1] < size and np.diff(index).all()):
                 raise ValueError
             out |= {name: torch.from_numpy(index.astype(np.int64).reshape(-1))} if index.size else {}
         except (TypeError, ValueError, RuntimeError):
@@ -728,7 +724,8 @@ def load_tensors(file: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise UserError(f"there is no file {file}")
     try:
         with safe_open(file, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, dict(json.loads((f.metadata() or {}).get("apet", "{}")))  # noqa: SIM118
+            about = dict(json.loads((f.metadata() or {}).get("apet", "{}")))
+            return {name: f.get_tensor(name) for name in f.keys()}, about  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as e:
         raise UserError(f"{file} is not a safetensors file: {str(e)[:200]}") from None
 

@@ -272,7 +272,7 @@ def test_budgets_are_read_as_people_write_them():
         (dict(budget=1, mask=None), "unknown mask None"),
         (dict(budget=1, seed=-1), "position seed"),
         (dict(budget=1, seed="a"), "position seed"),
-        (dict(budget=1, where="decoders"), "names no parameter; there are"),
+        (dict(budget=1, where="decoders"), "names no parameter: use all, attention"),
         (dict(budget=1, where="layers:7"), "names no parameter"),
         (dict(budget=1, where="("), "no regular expression"),
         (dict(budget=1, where=3), "no regular expression"),
