@@ -359,7 +359,7 @@ class TunedEmbedding(nn.Embedding):
 def entries_of(layer: nn.Module) -> Entries | None:
     """None where its weight is another's (functional_call, DataParallel), without gradients, and under torch.func."""
     e = getattr(layer, "tuned", None)
-    off = e is None or layer.weight is not e.weight or not torch.is_grad_enabled()
+    off = e is None or layer._parameters.get("weight") is not e.weight or not torch.is_grad_enabled()
     return None if off or torch._C._are_functorch_transforms_active() else e
 
 
@@ -419,7 +419,7 @@ def choose_entries(layer: nn.Module, e: Entries) -> tuple[Entries, bool]:
         e = e._replace(column=place, keep=keep)
     if sampled < one_by_one and e.weight.dtype != torch.float64:
         return e._replace(sampled=True), cheaper
-    if e.keep is not None and k == len(keep):  # no column twice: no second selection in backward
+    if e.keep is not None and k < 1.2 * len(keep):  # few columns twice: no second selection in backward
         e = e._replace(column=None, keep=keep[place])
     return e, cheaper
 
