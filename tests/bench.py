@@ -245,7 +245,7 @@ def measure(row: Frozen, batch: dict, device: str) -> dict:
     fact["optimizer_bytes"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
     weights = {s._cdata: s.nbytes() for s in (p.untyped_storage() for p in row.model.parameters())}
     kept = sum(weights.values()) + sum(fact[f"{part}_bytes"] for part in ("saved", "gradient", "optimizer"))
-    fact["arithmetic_bytes"] = kept + 2 * logit_bytes(*batch["labels"].shape)  # as --memory counts
+    fact["arithmetic_bytes"] = kept + 2 * logit_bytes(*batch["labels"].shape, row.model.dtype.itemsize)  # as --memory counts
     if row.apet:
         start = time.perf_counter()
         row.apet.write()
@@ -257,9 +257,9 @@ def measure(row: Frozen, batch: dict, device: str) -> dict:
     return fact
 
 
-def logit_bytes(batch: int, target: int) -> int:
-    """In bf16. Beside what is saved, which holds them once, the loss's gradient needs them and theirs."""
-    return batch * target * 32128 * 2
+def logit_bytes(batch: int, target: int, size: int = 2) -> int:
+    """What is saved for backward holds the logits once; the loss's gradient takes as much again twice, see memory_table."""
+    return batch * target * 32128 * size
 
 
 def memory_table(batch: int, source: int, target: int) -> None:
@@ -386,46 +386,36 @@ def calls_and_host_time(budget: int, rounds: int) -> None:
             print(f"{label:26}{1e3 * ms:7.1f} ms{1e3 * excess:7.1f} ms over {n:3} tensors  {share}")
 
 
+COLUMNS = (  # of a table: heading, key, format, unit
+    ("tuned", "tuned", ",.0f", 1), ("step ms", "ms", ".1f", 1), ("ratio", "ratio", ".3f", 1), ("quartiles", "quartiles", "", 1),
+    ("CPU", "cpu_ratio", ".3f", 1), ("tokens/s", "speed", ",.0f", 1), ("host ms", "host_ms", ".1f", 1),
+    ("kernels", "kernels", ",.0f", 1), ("their ms", "kernel_ms", ".1f", 1), ("saved MB", "saved_bytes", ".1f", 1e6),
+    ("of bound", "saved", ".3f", 1), ("grad MB", "gradient_bytes", ".2f", 1e6), ("opt MB", "optimizer_bytes", ".2f", 1e6),
+    ("peak MB", "peak_bytes", ".0f", 1e6), ("arithmetic", "arithmetic_bytes", ".0f", 1e6), ("file kB", "file_bytes", ".1f", 1e3),
+    ("write ms", "write_ms", ".2f", 1), ("set up s", "setup_s", ".2f", 1),
+)  # fmt: skip
+
+
 def table(record: dict) -> list[str]:
     """The lines of a record's table; the first says what was measured, and where."""
-
-    def number(row: dict, key: str, form: str, unit: float = 1.0) -> str:
-        return format(row[key] / unit, form) if key in row else "-"
-
     a, bound = record["arguments"], record["rows"][0]
-    rows = [bound, *sorted(record["rows"][1:], key=lambda r: (not r["method"].startswith("APET"), r["tuned"]))]
-    cells = [
-        {
-            "method": r["method"],
-            "tuned": f"{r['tuned']:,}",
-            "step ms": r["error"] if "error" in r else number(r, "ms", ".0f" if bound.get("ms", 0) > 99 else ".1f"),
-            "ratio": number(r, "ratio", ".3f"),
-            "quartiles": f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}" if "ratio" in r else "-",
-            "CPU": number(r, "cpu_ratio", ".3f"),
-            "tokens/s": format(1e3 * a["batch"] * (a["source"] + a["target"]) / r["ms"], ",.0f") if "ms" in r else "-",
-            "host ms": number(r, "host_ms", ".1f"),
-            "kernels": number(r, "kernels", ",.0f"),
-            "their ms": number(r, "kernel_ms", ".1f"),
-            "saved MB": number(r, "saved_bytes", ".1f", 1e6),
-            "of bound": number(r, "saved_bytes", ".3f", bound["saved_bytes"]),
-            "grad MB": number(r, "gradient_bytes", ".2f", 1e6),
-            "opt MB": number(r, "optimizer_bytes", ".2f", 1e6),
-            "peak MB": number(r, "peak_bytes", ".0f", 1e6),
-            "arithmetic": number(r, "arithmetic_bytes", ".0f", 1e6),
-            "file kB": number(r, "file_bytes", ".1f", 1e3),
-            "write ms": number(r, "write_ms", ".2f"),
-            "set up s": number(r, "setup_s", ".2f"),
-        }
-        for r in rows
-    ]
-    lines = [list(cells[0]), *(list(row.values()) for row in cells)]
+    lines = [["method", *(heading for heading, *_ in COLUMNS)]]
+    for r in (bound, *sorted(record["rows"][1:], key=lambda r: (not r["method"].startswith("APET"), r["tuned"]))):
+        if "error" not in r:
+            r = r | dict(saved=r["saved_bytes"] / bound["saved_bytes"])
+        if "ratio" in r:
+            r |= dict(speed=1e3 * a["batch"] * (a["source"] + a["target"]) / r["ms"])
+            r |= dict(quartiles=f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}")
+        cells = [format(r[key] / unit if form else r[key], form) if key in r else "-" for _, key, form, unit in COLUMNS]
+        lines.append([f"{r['method']} {r.get('error', '')}".strip(), *cells])
     columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
-    lines, widths = list(zip(*columns, strict=True)), [max(map(len, column)) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
     title = f"{a['shape']} {a['dtype']}, {a['batch']} x {a['source']} source and {a['target']} target tokens, {record['machine']}"
     return [
         title,
-        *("  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))) for line in lines),
-    ]
+        *("  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True)))
+          for line in zip(*columns, strict=True)),
+    ]  # fmt: skip
 
 
 def plan(args: argparse.Namespace, out: Path) -> Iterator[tuple[str, int, list]]:
@@ -464,11 +454,13 @@ def gpu(args: argparse.Namespace) -> None:
     """All of `plan`, each in a process of its own; OUT/gpu.json is written after each. What is in it is not measured again."""
     out, end = Path(args.gpu).resolve(), time.monotonic() + 60 * args.minutes
     out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
     done = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}
     for name, seconds, command in plan(args, out):
         if name in done or not re.search(args.only, name):
             continue
-        left, log, command = end - time.monotonic(), out / "log.txt", [str(part) for part in command]
+        seconds *= 1 if args.device == "cuda" else 4
+        left, command = end - time.monotonic(), [str(part) for part in command]
         if left < min(seconds, 20):
             print(f"{name}: not measured, {args.minutes:g} minutes are over; the same command goes on", flush=True)
             continue
