@@ -230,6 +230,7 @@ def measure(row: Frozen, batch: dict, device: str) -> dict:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         row.step(batch)
+        sync(device)
         fact["peak_bytes"] = torch.cuda.max_memory_allocated()
         start = time.perf_counter()
         row.step(batch)
@@ -292,7 +293,7 @@ def paths_table(device: str, dtype: torch.dtype) -> None:
     the dense product over the same tokens, for a layer and for each chosen entry."""
     cuda = device == "cuda"
     print(f"{facts_of_machine(device)['machine']}, {dtype}; in entries of the dense product; (for each chosen entry)")
-    junk, steps = torch.empty(12_000_000), 20 if cuda else 1  # on a GPU many in a row, as in a model: host and device overlap
+    junk, steps = torch.empty(12_000_000), 10 if cuda else 1  # on a GPU many in a row, as in a model: host and device overlap
 
     def clock(step: Callable[[], object]) -> float:
         times = []
@@ -462,7 +463,7 @@ def gpu(args: argparse.Namespace) -> None:
         seconds *= 1 if args.device == "cuda" else 4
         left, command = end - time.monotonic(), [str(part) for part in command]
         if left < min(seconds, 20):
-            print(f"{name}: not measured, {args.minutes:g} minutes are over; the same command goes on", flush=True)
+            print(f"{name}: no time left; the same command goes on", flush=True)
             continue
         start, status = time.monotonic(), "too long"
         with log.open("w") as said:
@@ -471,8 +472,8 @@ def gpu(args: argparse.Namespace) -> None:
             try:
                 status = child.wait(min(seconds, left))
             except subprocess.TimeoutExpired:
-                if left < seconds:  # it goes on next time
-                    print(f"{name}: {args.minutes:g} minutes are over; the same command goes on", flush=True)
+                if left < seconds:
+                    print(f"{name}: no time left; the same command goes on", flush=True)
                     continue
             finally:
                 if child.poll() is None:
@@ -493,8 +494,9 @@ def gpu(args: argparse.Namespace) -> None:
 
 
 def end_with_parent() -> None:
-    """Linux: a process that is started ends when the one that started it does, however that ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """A process that is started ends when the one that started it does, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def facts_of_machine(device: str) -> dict:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread, here or in what is started, only adds waiting
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a model hub; those of the stand-in say so themselves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,7 +23,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-torch.set_num_threads(1)  # tiny models: a second thread only adds waiting
+torch.set_num_threads(1)
 DEVICE = os.environ.get("APET_TEST_DEVICE", "cpu")
 torch.backends.cudnn.allow_tf32 = False
 TOY = ROOT / "tests" / "toy"
@@ -36,7 +37,9 @@ for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.de
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite, and nothing said of workers: as many as there are cores."""
     option, whole = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if whole and hasattr(option, "numprocesses") and option.numprocesses is None and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        option.loadgroup = True  # the groups below; a worker is not told what is set here for all
+    elif whole and getattr(option, "numprocesses", 0) is None:
         option.numprocesses = 0 if option.usepdb or option.collectonly else min(os.cpu_count() or 1, 4)
         option.dist, option.loadscopereorder = "loadgroup", False
 
@@ -143,7 +146,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
         model = hf.ViTForImageClassification(c)
     else:
         model = ConvNet()
-    return model.to(DEVICE, dtype).train()
+    model = model.to(dtype).train()
+    return model if torch.get_default_device().type == "meta" else model.to(DEVICE)
 
 
 MODELS = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama", "vit", "conv")
