@@ -37,23 +37,27 @@ for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.de
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite, and nothing said of workers: as many as there are cores."""
     option, whole = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if hasattr(config, "workerinput"):
-        option.loadgroup = True  # the groups below; a worker is not told what is set here for all
-    elif whole and getattr(option, "numprocesses", 0) is None:
+    if whole and not hasattr(config, "workerinput") and getattr(option, "numprocesses", 0) is None:
         option.numprocesses = 0 if option.usepdb or option.collectonly else min(os.cpu_count() or 1, 4)
-        option.dist, option.loadscopereorder = "loadgroup", False
+        option.dist, option.loadscopereorder = "loadscope", False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Each test goes to whoever is free, but those of test_hub, which share a hub, to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: "hub" if "test_hub.py" in nodeid else nodeid
+    return scheduler
 
 
 FIRST = ("test_hub", "test_toy", "test_bench", "test_command")  # what takes longest
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long begins early, so that no process waits long for the last one."""
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
-    for item in items:
-        if item.path.stem == "test_hub":  # its tests share a hub: they stay in one process
-            item.add_marker(pytest.mark.xdist_group("hub"))
 
 
 def ranks_of(count: int) -> list[dict[str, str]]:
