@@ -1,20 +1,97 @@
-"""Tiny random models of every family, their inputs, and the paths of the offline toy."""
+"""Tiny random models of every family, their inputs, the paths of the offline toy, and how the tests run.
+
+`python -m pytest` runs the whole suite in a process for each core, at most 4 (`-n 0`: in this one); what is named, in this one.
+APET_TEST_DEVICE=cuda puts models and batches on a GPU.
+"""
 
 import os
+import runpy
+import signal
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread, here or in what is started, only adds waiting
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a model hub; those of the stand-in say so themselves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pytest
 import torch
 import transformers as hf
 from torch import nn
 
-torch.set_num_threads(1)  # tiny models: a second thread only adds waiting
+torch.set_num_threads(1)
+DEVICE = os.environ.get("APET_TEST_DEVICE", "cpu")
+torch.backends.cudnn.allow_tf32 = False
 TOY = ROOT / "tests" / "toy"
 VOCAB = 64
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # by nohup, or in the background: some tests send signals to what they start
+        signal.signal(number, usual)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite, and nothing said of workers: as many as there are cores."""
+    option, whole = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and not hasattr(config, "workerinput") and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses = 0 if option.usepdb or option.collectonly else min(os.cpu_count() or 1, 4)
+        option.dist, option.loadscopereorder = "loadscope", False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Each test goes to whoever is free, but those of test_hub, which share a hub, to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: "hub" if "test_hub.py" in nodeid else nodeid
+    return scheduler
+
+
+FIRST = ("test_hub", "test_toy", "test_bench", "test_command")  # what takes longest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins early, so that no process waits long for the last one."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+def ranks_of(count: int) -> list[dict[str, str]]:
+    """The environment of each of several processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def forked(line: list[str], environment: dict[str, str]) -> Callable[[], None]:
+    """preexec_fn for subprocess: `python script ...` runs in a fork of this process: imports, which take 6 s, are done."""
+
+    def work() -> None:
+        os.closerange(3, 1024)  # among them what Popen waits for
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv, status = [str(a) for a in line[1:]], 1
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        try:
+            if "accelerate" in sys.modules:  # it remembers that this process was alone
+                sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    return work
 
 
 class ConvNet(nn.Module):
@@ -73,7 +150,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Mo
         model = hf.ViTForImageClassification(c)
     else:
         model = ConvNet()
-    return model.to(dtype).train()
+    model = model.to(dtype).train()
+    return model if torch.get_default_device().type == "meta" else model.to(DEVICE)
 
 
 MODELS = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama", "vit", "conv")
@@ -81,6 +159,10 @@ MODELS = ("t5", "t5-untied", "bert", "bloom", "gpt2", "opt", "llama", "vit", "co
 
 def batch_for(name: str, seed: int = 0, size: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Random inputs with labels; text inputs hold padding."""
+    return {name: t.to(DEVICE) for name, t in inputs_for(name, seed, size, dtype).items()}
+
+
+def inputs_for(name: str, seed: int, size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     if name in ("vit", "conv"):
         pixels = torch.randn(size, 3, 16, 16, generator=g).to(dtype)

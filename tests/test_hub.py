@@ -43,9 +43,13 @@ def predict(*args):
     calls[-1]["predicted"] = apet_predict(*args)
     return calls[-1]["predicted"]
 
+def clock():  # seconds, but for those in which this process wanted a core and others had it
+    with open("/proc/self/schedstat") as f:
+        return time.perf_counter() - int(f.read().split()[1]) / 1e9
+
 def run(argv):
     calls.clear()
-    start = time.perf_counter()
+    start = clock()
     try:
         status = apet.main(argv)
     except SystemExit as e:
@@ -53,7 +57,7 @@ def run(argv):
     except BaseException:
         traceback.print_exc()
         status = 1
-    return {"status": status, "seconds": time.perf_counter() - start, "calls": list(calls)}
+    return {"status": status, "seconds": clock() - start, "calls": list(calls)}
 
 def read(argv):
     data = apet.load_task(apet.check_args(apet.parser().parse_args(argv)))
@@ -125,7 +129,7 @@ SMALL = ["--steps", "2", "--eval-every", "2", "--train-size", "8", "--eval-size"
 
 class Outcome(NamedTuple):
     status: int
-    seconds: float  # after imports
+    seconds: float  # after imports, on a core of its own
     error: str
     calls: list[dict]  # of each evaluation: `predicted`, and `scores`, the log-likelihoods of all labels
     results: dict[str, dict]  # name of the file: result

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, batch_for, build, dense_gradient
+from conftest import ROOT, batch_for, build, dense_gradient, forked, ranks_of
 from torch import nn
 
 from apet import APET, TunedLinear, UserError
@@ -293,11 +293,13 @@ dist.destroy_process_group()
 
 
 def several(tmp_path, code):
+    """What rank 0 of two processes says."""
     (tmp_path / "run.py").write_text(code.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    line, pipes = [sys.executable, str(tmp_path / "run.py")], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(line, preexec_fn=forked(line, environment), **pipes) for environment in ranks_of(2)]
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    return json.loads([line for line in said[0][0].splitlines() if line.startswith("{")][-1])
 
 
 def test_several_processes_step_as_one_with_all_the_rows(tmp_path):
