@@ -995,23 +995,10 @@ NO_LABEL = ("", "nan", "-1")  # -1 is how the hub says that a row has none
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FILE_NAMES = {"train": "train", **dict.fromkeys(("val", "dev", "valid", "validation"), "validation"), "test": "test"}  # in a folder
 
-
-class Example(NamedTuple):
-    texts: tuple[str, ...]  # of each field
-    source: str  # the same as one text
-    target: str  # what training learns to write: the label's word, the summary, the first answer
-    label: int  # number of the label; -1 for texts
-    answers: tuple[str, ...]  # what scoring accepts
-
-
-class Data(NamedTuple):
-    task: str
-    words: tuple[str, ...]
-    metric: str
-    train: list[Example]
-    select: list[Example]  # picks the best step
-    report: list[Example]  # is reported
-    about: dict  # where each split comes from, for the result
+# The text of each field, the same as one text, what training learns to write (the label's word, or the first answer), the label's
+# number (-1: a text is written), what scoring accepts. Data: its splits (select picks the best step), where each comes from.
+Example = namedtuple("Example", "texts source target label answers")
+Data = namedtuple("Data", "task words metric train select report about")
 
 
 def load_task(args: argparse.Namespace) -> Data:
@@ -1106,8 +1093,13 @@ def draw(examples: list, size: int | None) -> tuple[list, list]:
     """A fixed random choice of that many, and the others."""
     if size is None or size >= len(examples):
         return examples, []
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    order = shuffled(len(examples), 0)
     return [examples[i] for i in sorted(order[:size])], [examples[i] for i in sorted(order[size:])]
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ...]], str]:
@@ -1249,6 +1241,7 @@ def hub_answers() -> bool:
     from huggingface_hub import constants, utils
 
     utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
     try:  # what is needed, not the front page; 404 and the like are answers, 500 and more would be asked again for minutes
         constants.HF_HUB_OFFLINE = utils.get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3).status_code >= 500
     except Exception:  # of httpx, or because HF_HUB_OFFLINE is set
@@ -1329,7 +1322,8 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         start = next(i for i in given if i is not None) if family == "seq2seq" else None
         model.generation_config = hf.GenerationConfig(decoder_start_token_id=start, **own)
     if args.gradient_checkpointing:  # not the reentrant kind, which gives no gradient when a segment's inputs are frozen
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = model if args.device_map else model.to(args.device)
     facts = {"path": args.model if os.path.isdir(path) else path, "revision": model_revision(args.model), "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
@@ -1345,20 +1339,16 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 
 
 class Coder:
-    """Text -> token ids, in the authors' format `Input: ... Output: `; what was encoded once is remembered.
-
-    seq2seq: source and target apart. causal: both in one sequence, padded on the left, the loss on the target alone.
-    encoder: the texts alone, two as a pair of segments; the target is the number of the label.
-    """
+    """Text -> token ids, in the authors' format `Input: ... Output: `; for encoders, the texts alone."""
 
     def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
         self.rows = getattr(tokenizer, "rows", math.inf)  # of the model's embedding, as load_model found them
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < self.rows)
-        self.source, self.written = functools.cache(self.source), functools.cache(self.written)
+        self.source, self.written = functools.cache(self.source), functools.cache(self.written)  # what was encoded is remembered
 
     def source(self, example: Example) -> list[int]:
-        """Too long a text is cut at its end, not the closing `Output:`."""
+        """Too long a text is cut at its end, before the closing `Output:`."""
         longest, read, seq2seq = self.max_source * CHARACTERS, self.tokenizer, self.family == "seq2seq"
         if self.family == "encoder":
             texts = example.texts if len(example.texts) == 2 else (example.source,)
@@ -1381,10 +1371,7 @@ class Coder:
         return [*(ids[:-1] if ids[-1:] == [end] else ids)[: self.max_target - 1], end]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
-        """input_ids and attention_mask (batch, longest); with targets, labels (batch, longest): -100 where nothing is to be learnt.
-
-        causal: the labels belong to the last places. The last token of a target, which predicts nothing, is not among the inputs.
-        """
+        """input_ids, attention_mask, labels (-100: not to be learnt), each (batch, longest); causal: labels of the last places."""
         causal, cuda = self.family == "causal", torch.device(device).type == "cuda"
         if (most := max(itertools.chain(*sources, *(targets or [])))) >= self.rows:
             token = self.tokenizer.convert_ids_to_tokens(most)
@@ -1394,6 +1381,7 @@ class Coder:
             made = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, "left" if causal else "right")
             return (made.pin_memory() if cuda else made).to(device, non_blocking=cuda)  # waits for nothing that a GPU still does
 
+        # causal: source and target in one row, but for the target's last token, which predicts nothing
         rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)] if causal and targets else sources
         out = {"input_ids": pad(rows, self.pad), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
         if self.family == "encoder" and "token_type_ids" in self.tokenizer.model_input_names:
@@ -1558,12 +1546,7 @@ def from_rank_0(read: Callable[[], object]) -> object:
 
 def batch_at(step: int, size: int, n: int, seed: int) -> list[int]:
     """The examples of a step: every epoch is a new permutation; a function of its arguments, so nothing has to be saved."""
-    return [_permutation(n, seed, place // n)[place % n] for place in range(step * size, (step + 1) * size)]
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
+    return [shuffled(n, (seed << 20) + place // n)[place % n] for place in range(step * size, (step + 1) * size)]
 
 
 def loss_sum(run: Run, examples: list[Example]) -> Tensor:
@@ -1578,32 +1561,25 @@ def score(run: Run, examples: list[Example]) -> dict[str, float]:
     return measure(run.data.metric, predict(run.model, run.coder, run.data, examples, args.eval_batch_size, args.device), examples)
 
 
-def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optimizer, dict]:
+def start_training(run: Run, tuned: Tuned, lr: float, record: dict) -> tuple[torch.optim.Optimizer, dict]:
     """AdamW, and the state of the run: all that it needs to go on after an interruption, the tensors being those in use."""
     params, head = tuned.params, tuned.head
     groups = [{"params": [p for n, p in params.items() if n not in head], "lr": lr}]
     groups += [{"params": [p for n, p in params.items() if n in head], "lr": 1e-3}]  # a new layer of a few hundred weights
     fused = {p.device.type for p in params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
-    state = {"tensors": {name: p.detach() for name, p in params.items()}}
+    state = {"key": f"{run.args.name} {run.facts['revision']} {run.code}", "record": record}
+    state["best"] = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
+    state["tensors"] = {n: p.detach() for n, p in params.items()}
     for name, p in params.items():
         step = torch.zeros((), device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state["tensors"] |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
-    state["best"] = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
-    state["record"] = dict(step=0, tokens=0, train_s=0.0, eval_s=0.0, loss=[], eval=[], best={"step": 0, "score": -math.inf})
-    return optimizer, state | {"key": f"{run.args.name} {run.facts['revision']} {run.code}"}
-
-
-def save_state(file: str, state: dict) -> float:
-    """Seconds that it took."""
-    began = time.monotonic()
-    write_file(file, functools.partial(torch.save, state))
-    return time.monotonic() - began
+    return optimizer, state
 
 
 def load_state(file: str, state: dict) -> bool:
-    """Set `state` to what `save_state` wrote, if that is whole and of the same run; else say so and leave it."""
+    """Set `state` to what `train` saved, if that is whole and of the same run; else say so and leave it."""
     found = {}
     if ranks()[0] == 0 and os.path.exists(file):
         with contextlib.suppress(Exception), zipfile.ZipFile(file) as f:  # a file that is no state can fail in any way
@@ -1650,16 +1626,15 @@ def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record:
     return loss
 
 
-def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
-    """Train, and leave those parameters in the model that score best on data.select. Returns the record: curves, seconds, tokens.
+def train(run: Run, tuned: Tuned, lr: float, record: dict, state_file: str) -> None:
+    """Train, and leave those parameters in the model that score best on data.select. To the record: curves, seconds, tokens.
 
     The state is saved after each evaluation, and once a minute: however a run ends, the same command goes on from there.
     """
     from tqdm import tqdm
 
-    args, waiting, saved, cost = run.args, [], time.monotonic(), 0.0
-    optimizer, state = start_training(run, tuned, lr)
-    record, best = state["record"], state["best"]
+    args, waiting, saved, pause = run.args, [], time.monotonic(), 60
+    optimizer, state = start_training(run, tuned, lr, record)
     resumed = args.resume and load_state(state_file, state)
     started = time.perf_counter() - record["train_s"] - record["eval_s"]
 
@@ -1676,9 +1651,9 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
         look()
         began, scores = time.perf_counter(), score(run, run.data.select)
         record["eval"].append({"step": record["step"], **scores})
-        if (first := next(iter(scores.values()))) > record["best"]["score"]:
-            record["best"] = {"step": record["step"], "score": first}
-            for name, kept in best.items():
+        if record["best"] is None or next(iter(scores.values())) > record["best"]["score"]:
+            record["best"] = {"step": record["step"], "score": next(iter(scores.values()))}
+            for name, kept in state["best"].items():
                 kept.copy_(tuned.params[name].detach())
         record["eval_s"] += time.perf_counter() - began
 
@@ -1692,16 +1667,18 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
             due = record["step"] % args.eval_every == 0 or record["step"] == args.steps
             if due:
                 evaluate()
-            if ranks()[0] == 0 and record["step"] < args.steps and (due or time.monotonic() - saved > max(60, 20 * cost)):
+            if ranks()[0] == 0 and record["step"] < args.steps and (due or time.monotonic() - saved > pause):
                 look()
-                saved, cost = time.monotonic(), save_state(state_file, state)
+                began = time.monotonic()
+                write_file(state_file, functools.partial(torch.save, state))
+                saved = time.monotonic()
+                pause = max(60, 20 * (saved - began))  # seconds
             if bar.update():  # it is drawn, every half second
                 look()
                 bar.set_postfix(loss=f"{record['loss'][-1]:.3f}", refresh=False)
     for name, p in tuned.params.items():
-        p.data.copy_(best[name])
+        p.data.copy_(state["best"][name])
     tuned.write()
-    return record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1711,42 +1688,34 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
 DATA_FLAGS = ("text_fields", "label_field", "max_source_length", "max_target_length")  # a delta says which it was made with
 
 
-def word(text: str) -> str:
-    """An argparse type: a name, which results and deltas hold."""
-    if not text.strip() or text.encode(errors="replace").decode() != text:
-        raise UserError(f"{text!r} is empty or not UTF-8: leave the flag out, or rename it")
-    return text
+def parser() -> argparse.ArgumentParser:
+    """Every flag, with its default's reason. None stands for a default that depends on the others; see `check_args`."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
+    def error(message: str) -> None:  # one line; argparse would print every flag before it
+        raise UserError(message.removeprefix("argument "))
 
-def number(read: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high."""
+    def word(text: str) -> str:  # a name, which results and deltas hold
+        if not text.strip() or text.encode(errors="replace").decode() != text:
+            raise UserError(f"{text!r} is empty or not UTF-8: leave the flag out, or rename it")
+        return text
 
-    def check(text: str) -> float:
+    def number(read: Callable[[str], float], low: float, high: float, text: str) -> float:
         with contextlib.suppress(ValueError):
             if low <= (value := read(text)) <= high:
                 return value
         raise UserError(f"it must be a {'' if read is float else 'whole '}number from {low:,} to {high:,}, not {text!r}")
 
-    return check
-
-
-def parser() -> argparse.ArgumentParser:
-    """Every flag, with its default's reason. None stands for a default that depends on the others; see `check_args`."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(message: str) -> None:
-        raise UserError(message.removeprefix("argument "))
+    def each(read: Callable[[str], object], *args: object) -> Callable[[str], list]:  # of a list, which sweeps
+        return lambda text: list(dict.fromkeys(read(part.strip(), *args) for part in text.split(",")))
 
     def add(flag: str, read: Callable[[str], object], help: str, default: str | None = None) -> None:
         p.add_argument(flag, type=read, help=help, default=default)
 
-    def each(read: Callable[[str], object], *args: object) -> Callable[[str], list]:
-        return lambda text: list(dict.fromkeys(read(part.strip(), *args) for part in text.split(",")))
-
-    p.error = error  # one line, as for all else that a person can put right; argparse would print every flag before it
-    whole = functools.partial(parse_count, what="it")
-    count, size, tokens = number(whole, 1, 10**9), number(whole, 1, 100_000), number(whole, 8, 100_000)
-    seed, rate = number(int, 0, 10**9), number(float, 1e-12, math.inf)
+    p.error, partial = error, functools.partial
+    whole = partial(parse_count, what="it")
+    count, size = partial(number, whole, 1, 10**9), partial(number, whole, 1, 100_000)
+    seed, rate = partial(number, int, 0, 10**9), partial(number, float, 1e-12, math.inf)
     add("--model", word, "a local folder, a hub id, or a short name such as t5-large (default: that of --load, or toy-base)")
     add("--task", word, "of the table, a hub id, a local file or folder (default: that of --load, or toy-sentiment)")
     add("--method", each(one_of, METHODS, "method"), f"{', '.join(METHODS)}; a list sweeps", "apet")
@@ -1762,13 +1731,13 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", count, "optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", size, "examples a step, over all micro-batches and processes (default: 32, the authors')", "32")
     add("--grad-accum", size, "micro-batches a step, each of examples of like length", "1")
-    add("--max-source-length", tokens, "tokens (default: 128, the authors')")
-    add("--max-target-length", number(whole, 2, 100_000), "tokens, end of sequence included (default: 128, the authors')")
+    add("--max-source-length", partial(number, whole, 8, 100_000), "tokens (default: 128, the authors')")
+    add("--max-target-length", partial(number, whole, 2, 100_000), "tokens, end of sequence included (default: 128, the authors')")
     add("--eval-every", count, "steps between evaluations (default: a twentieth of all, the authors'; toy tasks: a quarter)")
     add("--eval-batch-size", size, "examples a batch in evaluation", "64")
     add("--train-size", count, "use that many training examples (fixed choice)")
     add("--eval-size", count, "evaluate on that many (fixed choice; default: all, at most 1,000 to pick the best step)")
-    add("--dropout", number(float, 0, 0.99), "rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
+    add("--dropout", partial(number, float, 0, 0.99), "rate (default: the authors' 0 for apet, 0.1 for others; 0 on toy models)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32")
     add("--device", word, "cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--device-map", word, "spread the model over several devices: auto (needs accelerate)")
@@ -1811,41 +1780,30 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--save {args.save} is no file; name a new one, or one to replace")
     if (args.save or args.export) and (n := len(runs(args))) > 1:
         raise UserError(f"--save and --export want one run, not a sweep of {n}")
-    args.device = usable_device(args)
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # SLURM, too, sets RANK and the like
+    local, world = (int(os.environ[name]) if torchrun else i for i, name in enumerate(("LOCAL_RANK", "WORLD_SIZE")))
+    if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
+        raise UserError("torchrun gives each process its own GPU: leave --device and --device-map out, or torchrun")
+    args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    try:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+            raise RuntimeError("cpu, cuda and cuda:1 can")
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    if world > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     return args
 
 
-def usable_device(args: argparse.Namespace) -> str:
-    """The device to run on, tried out; under torchrun, with a process group that is joined."""
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # SLURM, too, sets RANK and the like
-    local, world = (int(os.environ[name]) if torchrun else i for i, name in enumerate(("LOCAL_RANK", "WORLD_SIZE")))
-    name = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    try:
-        if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
-            raise RuntimeError("torchrun gives each process its own GPU; leave --device and --device-map out, or torchrun")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise RuntimeError("cpu, cuda and cuda:1 can")
-        torch.empty(1, device=name)
-        if name.startswith("cuda:"):
-            torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} can't be used: {str(e).splitlines()[0]}") from None
-    if world > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
-    return name if name.startswith("cuda") else "cpu"
-
-
 def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
-    """The arguments of each run of the sweep; what a method does not read does not multiply it.
-
-    A run's name, for its files: what it is in words, and a hash of all that its numbers depend on, data and model included.
-    """
+    """The arguments of each run of the sweep, with its name: words, and a hash of all that its numbers depend on."""
     out, unread = [], {"out", "save", "export", "resume", "device", "eval_batch_size"}
-    more = {"revisions": revisions}
-    if args.load:  # another delta under the same name is another run
-        more["load"] = hash_files([args.load])
-    for method in args.method:
+    more = {"revisions": revisions, "load": args.load and hash_files([args.load])}  # changed files are another run
+    for method in args.method:  # what it does not read does not multiply it
         apet, trains = method == "apet" and not args.load, not args.load
         lists = [args.budget, args.mask, args.mask_seed] if apet else [[None]] * 3
         lists += [args.seed if trains else [None], args.lr if trains and method != "none" else [None]]
@@ -1879,7 +1837,7 @@ def run_one(run: Run, undo: contextlib.ExitStack) -> dict:
     lr = auto_lr(args.method, size, run.facts["family"]) if args.lr == "auto" else args.lr
     record = {"step": 0, "tokens": 0, "train_s": 0.0, "eval_s": 0.0, "loss": [], "eval": [], "best": None}
     if tuned.params and not args.load:
-        record = train(run, tuned, lr, os.path.join(args.out, f"{args.name}.state"))
+        train(run, tuned, lr, record, os.path.join(args.out, f"{args.name}.state"))
     began, scores = time.perf_counter(), score(run, data.report)
     record["eval_s"] += time.perf_counter() - began
     record["all_s"] = time.perf_counter() - start
@@ -1923,27 +1881,23 @@ def write_result(run: Run, tuned: Tuned, result: dict) -> None:
         run.coder.tokenizer.save_pretrained(args.export)
 
 
-COLUMNS = {"method": "<", "tuned": ">,", "of all": ">.3%", "positions": "<", "lr": ">.2g", "best step": ">", "score": ">.3f"}
-COLUMNS |= {"seconds": ">.1f", "ms/step": ">.1f", "tokens/s": ">,.0f", "peak MB": ">,.0f"}
-
-
 def table(results: list[tuple[argparse.Namespace, dict]]) -> str:
     """What a person wants to know, a line a run."""
-    args, r = results[0]
-    examples, base = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples", r["baselines"]
-    guesses = f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
-    rows = [[r["metric"] if name == "score" else name for name in COLUMNS]]
+    (args, r), row = results[0], "{:8}{:>11}{:>10}  {:12}{:>8}{:>11}{:>10}{:>9}{:>9}{:>10}{:>9}".format
+    guesses = f"random guess {r['baselines']['random_guess']:.3f}, majority {r['baselines']['majority']:.3f}"
+    examples = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples"
+    lines = [f"\n{args.model} on {args.task} ({examples}): {r['metric']}; {guesses}"]
+    names = ("method", "tuned", "of all", "positions", "lr", "best step", r["metric"], "seconds", "ms/step", "tokens/s", "peak MB")
+    lines.append(row(*names))
     for args, r in results:
-        positions = f"{args.mask} {args.mask_seed}" if args.mask else ""
-        cells = ["loaded" if args.load else args.method, r["tuned_params"], r["density"], positions, r["lr"]]
-        cells += [r["best"] and r["best"]["step"], r["score"], r["seconds"]["all"], r["step_ms"], r["tokens_per_s"]]
-        cells.append(r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6)
-        rows.append(["" if x is None else format(x, form) for x, form in zip(cells, COLUMNS.values(), strict=True)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    forms = [f"{form[0]}{width}" for form, width in zip(COLUMNS.values(), widths, strict=True)]
-    lines = ["  ".join(map(format, row, forms)) for row in rows]
-    lines += [f"result  {os.path.join(args.out, args.name)}.json", *([f"delta   {r['delta']}"] if "delta" in r else [])]
-    return "\n".join([f"\n{args.model} on {args.task} ({examples}): {r['metric']}; {guesses}", *lines])
+        best, peak = r["best"] and r["best"]["step"], r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6
+        numbers = (r["lr"], best, r["score"], r["seconds"]["all"], r["step_ms"], r["tokens_per_s"], peak)
+        forms = (".2g", "", ".3f", ".1f", ".1f", ",.0f", ",.0f")
+        said = ("" if x is None else format(x, form) for x, form in zip(numbers, forms, strict=True))
+        what = ("loaded" if args.load else args.method, f"{r['tuned_params']:,}", f"{r['density']:.3%}")
+        lines.append(row(*what, f"{args.mask} {args.mask_seed}" if args.mask else "", *said))
+    delta = [f"delta   {r['delta']}"] if "delta" in r else []
+    return "\n".join([*lines, f"result  {os.path.join(args.out, args.name)}.json", *delta])
 
 
 def peak_memory(device: str) -> int | None:
