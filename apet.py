@@ -1461,7 +1461,7 @@ Tuned = namedtuple("Tuned", "params write apet inserted head")
 def prepare(model: nn.Module, args: argparse.Namespace, undo: contextlib.ExitStack, batches: Batches = None) -> Tuned:
     """Put `args.method` on the pretrained model, until undo.close(); make its classification head, if it has one, anew."""
     model.train().requires_grad_(False)
-    base, params, writes, apet, inserted = base_of(model), {}, [], None, {}
+    base, apet, inserted = base_of(model), None, {}
     inside = {id(p) for p in base.parameters()}
     head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
     for module in model.modules():
@@ -1481,8 +1481,6 @@ def prepare(model: nn.Module, args: argparse.Namespace, undo: contextlib.ExitSta
         apet = APET.load(base, args.load) if args.load else APET(base, args.budget, args.mask, args.mask_seed, **options)
         undo.callback(apet.remove)
         undo.callback(apet.restore)
-        params["values"] = apet.values
-        writes.append(apet.write)
     elif args.method != "none":
         whole |= inserted or (own_biases(base) if args.method == "bitfit" else dict(base.named_parameters()))
     masters, write = tune_whole(whole, undo)
@@ -1492,12 +1490,11 @@ def prepare(model: nn.Module, args: argparse.Namespace, undo: contextlib.ExitSta
             raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
         p.data.copy_(saved[name])
     write()
-    return Tuned(params | masters, lambda: [w() for w in (*writes, write)], apet, inserted, head)
+    params = {"values": apet.values} if apet else {}
+    return Tuned(params | masters, lambda: (apet and apet.write(), write()), apet, inserted, head)
 
 
-def tune_whole(
-    params: dict[str, nn.Parameter], undo: contextlib.ExitStack
-) -> tuple[dict[str, nn.Parameter], Callable[[], None]]:
+def tune_whole(params: dict[str, nn.Parameter], undo: contextlib.ExitStack) -> tuple[dict[str, nn.Parameter], Callable]:
     """(fp32 parameters to train, write) for whole tensors: in half precision their own small steps would vanish."""
     masters = {n: p.requires_grad_() if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in params.items()}
     copied = [(masters[n], p) for n, p in params.items() if masters[n] is not p]
