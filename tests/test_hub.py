@@ -511,7 +511,7 @@ def test_bert_reads_two_texts_as_two_segments_whatever_the_padding(world):
 # A hub that is not as it should be ------------------------------------------------------------------------------------
 
 OF_MODEL = ["--model", "t5-large", *SMALL]
-OF_DATA = ["--model", T5, "--task", "someone/reviews:long", "--label-field", "stars", *SMALL]
+OF_DATA = ["--model", T5, "--task", "someone/reviews:long", "--text-fields", "body", "--label-field", "stars", *SMALL]
 
 
 @pytest.mark.parametrize("mode, seconds", [("down", 5), ("silent", 5), ("deaf", 5), ("error", 5), ("cut", 20)])
