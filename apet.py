@@ -756,13 +756,11 @@ import inspect
 import itertools
 import platform
 import random
-import signal
 import string
 import sys
 import time
-import traceback
 import zipfile
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -825,21 +823,22 @@ def own_biases(model: nn.Module) -> dict[str, nn.Parameter]:
 def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
     """Put the methods' new fp32 weights into `model.inserted`, and hooks that apply them on its layers, which stay what they are.
 
-    lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022).
-    adapter: h + up(gelu(down(h))) at the end of self-attention and of feed-forward (Houlsby et al., 2019).
-    bitfit: a bias for each linear layer of a model that has none (T5).
-    prompt: 100 vectors before the text (Lester et al., 2021). See `add_prompt`.
+    lora: x @ A' @ B' * alpha / rank is added to the output of q and v (Hu et al., 2022). adapter: h + up(gelu(down(h))) ends
+    self-attention and feed-forward (Houlsby et al., 2019). bitfit: a bias for each linear layer, for models without (T5).
+    prompt: 100 vectors before the text (Lester et al., 2021), by `add_prompt`. `model.inserted.undo()` takes all away.
     """
-    inserted, handles = nn.ModuleDict(), []
+    inserted, undo = nn.ModuleDict(), contextlib.ExitStack()
     for method in methods:
         parts = {"dropout": nn.Dropout(0.0)}  # `set_dropout` sets its rate
         for name, layer in method_layers(model, method).items():
             new = nn.ParameterDict({key: w.to(layer.weight.device) for key, w in new_weights(method, layer).items()})
             parts[name.replace(".", "_")] = new
             if method != "prompt":
-                handles.append(layer.register_forward_hook(functools.partial(apply_new, method, new, parts["dropout"])))
+                hook = functools.partial(apply_new, method, new, parts["dropout"])
+                undo.callback(layer.register_forward_hook(hook).remove)
         inserted[method] = parts[""] if method == "prompt" else nn.ModuleDict(parts)
-    inserted.handles, model.inserted = handles, inserted
+    model.inserted, inserted.undo = inserted, undo.close
+    undo.callback(delattr, model, "inserted")
     return inserted
 
 
@@ -854,28 +853,17 @@ def apply_new(method: str, new: nn.ParameterDict, dropout: nn.Module, layer: nn.
     return output + new["bias"]
 
 
-def remove_inserted(model: nn.Module) -> None:
-    """Undo `insert`."""
-    for handle in model.inserted.handles:
-        handle.remove()
-    del model.inserted
-
-
 def add_prompt(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with the soft prompt of `insert(model, ["prompt"])`, if there is one, before the text.
-
-    An encoder's comes after its first token, [CLS], from whose place the head reads.
-    """
+    """The batch with the inserted prompt, if there is one, before the text; an encoder's after [CLS], from which the head reads."""
     core = base_of(model)
     if "prompt" not in getattr(core, "inserted", {}):
         return batch
     batch, first = dict(batch), int(core is not model)
     embedded = core.get_input_embeddings()(batch.pop("input_ids"))
-    joined = {"inputs_embeds": (embedded, core.inserted["prompt"].prompt.to(embedded).expand(len(embedded), -1, -1))}
-    for key, value in (("attention_mask", 1), ("token_type_ids", 0)):
-        if key in batch:
-            joined[key] = (batch[key], batch[key].new_full((len(embedded), PROMPT_TOKENS), value))
-    return batch | {key: torch.cat([old[:, :first], new, old[:, first:]], dim=1) for key, (old, new) in joined.items()}
+    prompt = core.inserted["prompt"].prompt.to(embedded).expand(len(embedded), -1, -1)
+    for key in {"attention_mask", "token_type_ids"} & {*batch}:
+        batch[key] = nn.functional.pad(batch[key], (PROMPT_TOKENS, 0), value=int(key == "attention_mask"))
+    return batch | {"inputs_embeds": torch.cat([embedded[:, :first], prompt, embedded[:, first:]], dim=1)}
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -891,13 +879,13 @@ SPLITS, TRAIN_ONLY = ("train", "validation", "test"), ("train", None, "validatio
 
 
 class Task(NamedTuple):
-    """A row of the table. Text columns and label words that are None are found in the data."""
+    """A row of the table."""
 
     source: str  # a hub id, or a local file or folder
     config: str | None = None
-    fields: tuple[str, ...] | None = None
-    label: str | None = None
-    words: tuple[str, ...] | None = None  # the labels in words, by label number; () for a text as target
+    fields: tuple[str, ...] = ("text",)
+    label: str = "label"
+    words: tuple[str, ...] | None = None  # the labels in words, by number; (): a text is written; None: by what the data hold
     metric: str = ""  # accuracy, f1 (accuracy and F1 of label 1), rouge or squad
     splits: tuple[str, str | None, str] = SPLITS  # train; picks the best step (None: a fixed part of train); is reported
 
@@ -926,44 +914,41 @@ TASKS = {
 }
 HOLD_OUT = 1_000  # examples at most that pick the best step: a standard error of 1.6 points at most, at little cost
 NO_LABEL = ("", "nan", "-1")  # -1 is how the hub says that a row has none
-LABEL_COLUMNS = ("label", "labels", "answer", "answers", "summary", "target", "output")  # tried in this order
 FILE_TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FILE_NAMES = {"train": "train", **dict.fromkeys(("val", "dev", "valid", "validation"), "validation"), "test": "test"}  # in a folder
 
-
-class Example(NamedTuple):
-    texts: tuple[str, ...]  # of each field
-    source: str  # the same as one text
-    target: str  # what training learns to write: the label's word, the summary, the first answer
-    label: int  # number of the label; -1 for texts
-    answers: tuple[str, ...]  # what scoring accepts
-
-
-class Data(NamedTuple):
-    task: str
-    words: tuple[str, ...]
-    metric: str
-    train: list[Example]
-    select: list[Example]  # picks the best step
-    report: list[Example]  # is reported
-    about: dict  # where each split comes from, for the result
+# The text of each field, the same as one text, what training learns to write (the label's word, or the first answer), the label's
+# number (-1: a text is written), what scoring accepts. Data: its splits (select picks the best step), where each comes from.
+Example = namedtuple("Example", "texts source target label answers")
+Data = namedtuple("Data", "task words metric train select report about")
 
 
 def load_task(args: argparse.Namespace) -> Data:
     """The three splits of a task as text. UserError for what is missing or does not fit."""
-    task, trains = find_task(args), not args.load and args.method != ["none"]
+    (name, _, config), trains = args.task.partition(":"), not args.load and args.method != ["none"]
+    task = TASKS.get(args.task, Task(args.task))
+    if args.task not in TASKS and not os.path.exists(args.task):
+        task = Task(name, config or None) if HUB_ID.fullmatch(name) else TASKS[one_of(args.task, TASKS, "task, file or hub id")]
+    if args.text_fields:
+        task = task._replace(fields=tuple(args.text_fields.split(",")))
+    if args.label_field:
+        task = task._replace(label=args.label_field, words=None, metric="")
     local = os.path.exists(task.source) or task.source.startswith(TOY)
     splits, names, revision = read_local(task.source) if local else read_hub(task)
-    if not splits:
-        raise UserError(f"{task.source} holds no train, validation or test file or split with rows")
-    fields, label = find_columns(task, splits)
-    lists = any(isinstance(row.get(label), list) for rows in splits.values() for row in rows)
-    words = names.get(label) if task.words is None else task.words
+    columns = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
+    if not columns:
+        raise UserError(f"{task.source} holds no split {', '.join(SPLITS)} with rows")
+    if missing := [name for name in (*task.fields, task.label) if name not in columns]:
+        known = f"there are {', '.join(columns)}: --text-fields A,B --label-field NAME"
+        raise UserError(f"{task.source} has no column {missing[0]!r}; {known}")
+    cells = {split: [row.get(task.label) for row in rows] for split, rows in splits.items()}
+    lists = any(isinstance(cell, list) for some in cells.values() for cell in some)
+    words = names.get(task.label) if task.words is None else task.words
     places = {str(i): i for i in range(len(words or ()))}  # a label may be a number, but for those that are found in the data
     if words is None:
-        words = () if lists else find_words([row.get(label) for row in next(iter(splits.values()))], label)
+        words = () if lists else find_words(next(iter(cells.values())), task.label)
     places = {word: i for i, word in enumerate(words)} | places
-    made = {s: to_examples(rows, fields, label, words, places, f"{task.source} ({s})") for s, rows in splits.items()}
+    made = {s: to_examples(rows, task, words, places, f"{task.source} ({s})") for s, rows in splits.items()}
     report = next((s for s in (task.splits[2], "test", "validation") if made.get(s)), None)
     select = task.splits[1] if made.get(task.splits[1]) and task.splits[1] != report else None
     parts = {"train": made.get("train", []), "report": made.get(report), "select": made.get(select)}
@@ -979,33 +964,6 @@ def load_task(args: argparse.Namespace) -> Data:
         about["rows without text or label, dropped"] = dropped
     metric = task.metric or ("accuracy" if words else "squad" if lists else "rouge")
     return Data(args.task, words, metric, about=about, **parts)
-
-
-def find_task(args: argparse.Namespace) -> Task:
-    """The row of the table, or a new one for a local file or folder or a data set of the hub; with the columns asked for."""
-    name, _, config = args.task.partition(":")
-    if args.task not in TASKS and os.path.exists(args.task):
-        task = Task(as_text(args.task, "the name of the data"))
-    else:
-        task = Task(name, config or None) if HUB_ID.fullmatch(name) else TASKS[one_of(args.task, TASKS, "task, file or hub id")]
-    if args.text_fields:
-        task = task._replace(fields=tuple(args.text_fields.split(",")))
-    return task._replace(label=args.label_field, words=None, metric="") if args.label_field else task
-
-
-def find_columns(task: Task, splits: dict[str, list[dict]]) -> tuple[tuple[str, ...], str]:
-    """(text columns, label column): the task's own; else those that hold text in most rows, and one of the usual names."""
-    columns, rows = dict.fromkeys(name for rows in splits.values() for row in rows for name in row), next(iter(splits.values()))
-    label = task.label or next((name for name in LABEL_COLUMNS if name in columns), "")
-    texts = (name for name in columns if 2 * sum(isinstance(row.get(name), str) for row in rows) > len(rows))
-    fields = task.fields or tuple(name for name in texts if name not in (label, "", "id", "idx"))
-    if not label or not fields:
-        which = "text? --text-fields A,B" if label else "label? --label-field NAME"
-        raise UserError(f"{task.source}: which column is the {which}; there are {', '.join(columns)}")
-    for name in (*fields, label):
-        if as_text(name, f"{task.source}: a column's name") not in columns:
-            raise UserError(f"{task.source} has no column {name!r}; there are {', '.join(columns)}")
-    return fields, label
 
 
 def as_text(cell: object, where: str) -> str:
@@ -1034,21 +992,21 @@ def find_words(cells: list, label: str) -> tuple[str, ...]:
     return tuple(kinds) if 2 <= len(kinds) <= min(20, max(2, len(words) // 4)) else ()
 
 
-def to_examples(rows: list, fields: tuple, label: str, words: tuple, places: dict[str, int], where: str) -> list[Example]:
+def to_examples(rows: list, task: Task, words: tuple, places: dict[str, int], where: str) -> list[Example]:
     """Rows in the authors' format; those in which a text is empty or no label is there are left out."""
     out, place, empty = [], -1, NO_LABEL if words else ("",)
     for number, row in enumerate(rows, 1):
-        here = f"{where}, row {number}"
-        texts = tuple(as_text(row.get(name), f"{here}: {name}") for name in fields)
-        cells = row[label] if isinstance(row.get(label), list) else [row.get(label)]
-        answers = tuple(a for cell in cells if label_word(a := as_text(cell, f"{here}: {label}")) not in empty)
+        here, cells = f"{where}, row {number}", row.get(task.label)
+        texts = tuple(as_text(row.get(name), f"{here}: {name}") for name in task.fields)
+        answers = [as_text(cell, f"{here}: {task.label}") for cell in (cells if isinstance(cells, list) else [cells])]
+        answers = tuple(a for a in answers if label_word(a) not in empty)
         if not answers or not all(text.strip() for text in texts):
             continue
         if words:
             if (place := places.get(label_word(answers[0]), -1)) < 0:
                 raise UserError(f"{here}: the label {label_word(answers[0])[:50]!r} is none of {', '.join(words)}")
             answers = (words[place],)
-        source = texts[0] if len(texts) == 1 else " ".join(f"{n}: {t}" for n, t in zip(fields, texts, strict=True))
+        source = texts[0] if len(texts) == 1 else " ".join(f"{n}: {t}" for n, t in zip(task.fields, texts, strict=True))
         out.append(Example(texts, source, answers[0], place, answers))
     return out
 
@@ -1057,24 +1015,26 @@ def draw(examples: list, size: int | None) -> tuple[list, list]:
     """A fixed random choice of that many, and the others."""
     if size is None or size >= len(examples):
         return examples, []
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    order = shuffled(len(examples), 0)
     return [examples[i] for i in sorted(order[:size])], [examples[i] for i in sorted(order[size:])]
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ...]], str]:
     """({split: rows}, {column: label words}, revision) of a data set of the hub; read from the cache if the hub is down."""
     import datasets
 
-    online = hub_answers()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
-    datasets.config.HF_HUB_OFFLINE = not online  # read once, when datasets was imported
-    try:
+    datasets.config.HF_HUB_OFFLINE = not hub_answers()  # read once, when datasets was imported
+    with one_line("the data set", task.source):
         builder = datasets.load_dataset_builder(task.source, task.config)
         builder.download_and_prepare()
         parts = builder.as_dataset()
-    except Exception as e:  # of httpx, pyarrow and datasets, which share no class
-        raise UserError(hub_trouble("the data set", task.source, online, e)) from None
     splits = {name: parts[name].to_list() for name in task.splits if name in parts and len(parts[name])}
     columns = next(iter(parts.values())).features.items()
     return splits, {name: tuple(kind.names) for name, kind in columns if isinstance(kind, datasets.ClassLabel)}, builder.hash
@@ -1086,12 +1046,11 @@ def read_local(path: str) -> tuple[dict[str, list[dict]], dict, str]:
     if os.path.isdir(path):
         there = ((split, f"{path}/{name}{kind}") for name, split in FILE_NAMES.items() for kind in reversed(FILE_TYPES))
         files = {split: file for split, file in there if os.path.isfile(file)}  # of several, the last
-    elif not os.path.isfile(path) or not path.endswith(FILE_TYPES):
-        raise UserError(f"{path} must be a folder or a file of type {', '.join(FILE_TYPES)}, not a pipe or a device")
-    splits = {split: read_rows(file) for split, file in files.items()}
-    if empty := [split for split, rows in splits.items() if not rows]:
-        raise UserError(f"{files[empty[0]]} is empty: the split {empty[0]} has no rows")
-    return splits, {}, f"sha256:{hash_files(files.values())[:16]}"
+    elif not os.path.isfile(path) or not path.endswith(FILE_TYPES):  # a pipe or a device might never end
+        files = {}
+    if not files:
+        raise UserError(f"{path} must be a file of type {', '.join(FILE_TYPES)}, or a folder with train, validation and test")
+    return {split: read_rows(file) for split, file in files.items()}, {}, hash_files(files.values())
 
 
 def read_rows(file: str) -> list[dict]:
@@ -1101,8 +1060,8 @@ def read_rows(file: str) -> list[dict]:
             text = Path(file).read_text(encoding="utf-8-sig")
             array = text.lstrip().startswith("[")
             rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("each row must hold named columns")
+            if not rows or not all(isinstance(row, dict) for row in rows):
+                raise ValueError("it must hold rows, each with named columns")
             return rows
         if file.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
@@ -1113,34 +1072,25 @@ def read_rows(file: str) -> list[dict]:
             csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
             with open(file, encoding="utf-8-sig", newline="") as f:
                 table = [row for row in csv.reader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True) if row]
-        header, *rows = table or [[]]
-        if len(header) == 1:
-            hint = "it must be separated by commas (.tsv: tabs); pandas.read_csv(FILE, sep=';').to_csv(NEW, index=False)"
-            raise ValueError(f"its only column is {header[0]!r}; {hint}")
-        if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise ValueError(f"two columns are named {twice[0]!r}")
-        for number, row in enumerate(rows, 1):
-            if len(row) != len(header):
-                what = "more" if len(row) > len(header) else "fewer"
-                raise ValueError(f"row {number} has {what} cells than the header; quote a text that holds the separator")
-        return [dict(zip(header, row, strict=True)) for row in rows]
-    except UnicodeDecodeError:
-        raise UserError(f"can't read {file}: it is not UTF-8; Excel saves 'CSV UTF-8'; or iconv -f CP1252 -t UTF-8") from None
+        if len(table) < 2 or not 2 <= len(set(table[0])) == len(table[0]):
+            header = ", ".join(table[0] if table else [])
+            raise ValueError(f"rows belong below names of columns, separated by commas (.tsv: tabs), none twice; not {header}")
+        for number, row in enumerate(table):
+            if len(row) != len(table[0]):
+                raise ValueError(f"row {number} has {len(row)} cells, the header {len(table[0])}; quote what holds a separator")
+        return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
     except Exception as e:  # of json, csv, pyarrow and the system, which share no class
-        raise UserError(f"can't read {file}: {' '.join(str(e).split())[:300]}") from None
+        hint = "; it must be UTF-8: Excel's 'CSV UTF-8', or iconv -f CP1252 -t UTF-8" if isinstance(e, UnicodeError) else ""
+        raise UserError(f"can't read {file}: {' '.join(str(e).split())[:300]}{hint}") from None
 
 
-def hash_files(files: Iterable[str], ends: int | None = None) -> str:
-    """SHA-256 of the files' bytes; with `ends`, of their sizes and of that many bytes at either end alone."""
+def hash_files(files: Iterable[str | Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            digest.update(f.read(ends))
-            if ends:
-                size = f.seek(0, os.SEEK_END)
-                f.seek(max(ends, size - ends))
-                digest.update(f"{size}".encode() + f.read())
-    return digest.hexdigest()
+            while part := f.read(1 << 24):
+                digest.update(part)
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def measure(metric: str, predictions: list, examples: list[Example]) -> dict[str, float]:
@@ -1185,7 +1135,7 @@ def baselines(data: Data) -> dict[str, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Models
+# Models, batches and scores
 # ----------------------------------------------------------------------------------------------------------------------
 
 TOY_MODELS = {f"toy-{size}": os.path.join(TOY, "models", size) for size in ("tiny", "small", "base", "large")}
@@ -1197,18 +1147,14 @@ TURC = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-
 SHORT |= {f"bert-{size}": f"google/bert_uncased_{shape}" for size, shape in TURC.items()}
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHARACTERS = 100  # of a token at most: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
+signature = functools.cache(inspect.signature)  # which takes as long as ten layers
 
 
 def find_model(name: str) -> str:
     """The folder or hub id that a name stands for."""
     path = SHORT.get(name, name)
-    if os.path.isdir(path) or HUB_ID.fullmatch(path):
-        return path
-    if name in TOY_MODELS:
-        raise UserError(f"{name} lies in tests/toy beside apet.py, which is not there; name another --model")
-    close = difflib.get_close_matches(name, SHORT, n=1)
-    hint = f"did you mean {close[0]}?" if close else "a local folder, namespace/name on the hub, or one of " + ", ".join(SHORT)
-    raise UserError(f"unknown model {name!r}: {hint}")
+    return path if os.path.isdir(path) or HUB_ID.fullmatch(path) else SHORT[one_of(name, SHORT, "model, folder or hub id")]
 
 
 @functools.cache
@@ -1217,6 +1163,7 @@ def hub_answers() -> bool:
     from huggingface_hub import constants, utils
 
     utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
     try:  # what is needed, not the front page; 404 and the like are answers, 500 and more would be asked again for minutes
         constants.HF_HUB_OFFLINE = utils.get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=3).status_code >= 500
     except Exception:  # of httpx, or because HF_HUB_OFFLINE is set
@@ -1224,56 +1171,59 @@ def hub_answers() -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
-def hub_trouble(what: str, name: str, online: bool, error: Exception) -> str:
-    """One line for what went wrong between us and the hub."""
-    if not online:
-        return f"{what} {name} is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
-    if "trust_remote_code" in str(error):
-        return f"{what} {name} brings code of its own (auto_map in its config.json), which is never run; take one that needs none"
-    if re.search("Can't load the|while generating", str(error)):  # what is wrong then stands in its cause
-        error = error.__cause__ or error.__context__ or error
-    return f"can't load {what} {name}: {' '.join(str(error).split())[:300]}"
+@contextlib.contextmanager
+def one_line(what: str, name: str) -> Iterator[None]:
+    """What goes wrong with a folder or with the hub becomes a UserError."""
+    online = os.path.isdir(name) or hub_answers()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # of httpx, pyarrow, datasets, tokenizers and transformers, which share no class
+        vague = re.search("Can't load the|while generating", str(e))  # what is wrong then stands in its cause
+        words = " ".join(str((vague and (e.__cause__ or e.__context__)) or e).split())[:300]
+        if not online:
+            words = "it is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
+        elif "trust_remote_code" in str(e):
+            words = "it brings code of its own (auto_map in its config.json), which is never run; take one that needs none"
+        raise UserError(f"can't load {what} {name}: {words}") from None
 
 
 def model_revision(name: str) -> str:
-    """Of a folder: by the sizes and ends of its files, as reading all takes minutes. Of the hub: the cached commit, or "?"."""
+    """Of a folder: the hash of its files; of the hub: the commit."""
     path = find_model(name)
     if os.path.isdir(path):
-        files = sorted(f for f in Path(path).iterdir() if f.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"))
-        return f"sha256:{hash_files(files, 1 << 20)[:16]}"
-    from huggingface_hub import try_to_load_from_cache
+        kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+        return hash_files(sorted(f for f in Path(path).iterdir() if f.suffix in kinds))
+    with one_line("the model", path):
+        from huggingface_hub import hf_hub_download
 
-    found = re.search(r"snapshots.([0-9a-f]{40})", str(try_to_load_from_cache(path, "config.json")))
-    return found[1] if found else "?"
+        return re.search(r"snapshots.(\w+)", hf_hub_download(path, "config.json"))[1]
 
 
 def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Module, object, dict]:
     """(model in training mode, tokenizer, facts for the result). UserError if it can't be had."""
     path = find_model(args.model)
-    online = os.path.isdir(path) or hub_answers()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else loading a .bin contacts a service in the background
-    import transformers as hf
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+    with one_line("the model", path):
+        import transformers as hf
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    hf.utils.logging.set_verbosity_error()
-    hf.utils.logging.disable_progress_bar()
-    try:
+        hf.utils.logging.set_verbosity_error()
+        hf.utils.logging.disable_progress_bar()
         config = hf.AutoConfig.from_pretrained(path, trust_remote_code=False)  # the default asks on stdin
         family = "seq2seq" if config.is_encoder_decoder else "encoder" if config.model_type in ENCODERS else "causal"
         if family == "encoder" and not words:
             raise UserError(f"{args.model} is an encoder: it can classify, but not write the text that {args.task} asks for")
         tokenizer = hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if not re.search(r"\w", tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)):
-            raise UserError(f"{args.model} has no tokenizer, or one that knows no words: tokenizer.json belongs beside config.json")
-        if family != "encoder" and tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {args.model} has no end-of-sequence token (eos_token), which ends what is written")
+        known = tokenizer.decode(tokenizer("Input: a text Output:").input_ids, skip_special_tokens=True)
+        if not re.search(r"\w", known) or (family != "encoder" and tokenizer.eos_token_id is None):
+            raise UserError(f"{args.model} has no tokenizer that knows words and has an end-of-sequence token (eos_token)")
         more = {"dtype": DTYPES[args.dtype], "device_map": args.device_map, "trust_remote_code": False}
         more |= {"num_labels": len(words), "ignore_mismatched_sizes": True} if family == "encoder" else {}  # its head is made anew
         kind = {"seq2seq": "Seq2SeqLM", "encoder": "SequenceClassification", "causal": "CausalLM"}[family]
         torch.manual_seed(0)  # for weights that the checkpoint lacks
         model, loaded = getattr(hf, f"AutoModelFor{kind}").from_pretrained(path, output_loading_info=True, **more)
-    except Exception as e:  # of httpx, safetensors, tokenizers and transformers, which share no class
-        raise e if isinstance(e, UserError) else UserError(hub_trouble("the model", path, online, e)) from None
     inside = f"{model.base_model_prefix}." if family == "encoder" else ""
     if wrong := [name for name, *shapes in loaded["mismatched_keys"] if name.startswith(inside)]:
         raise UserError(f"{args.model}: {min(wrong)} has another shape in the checkpoint than by config.json")
@@ -1282,23 +1232,20 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     tokenizer.rows = len(model.get_input_embeddings().weight)  # for Coder, which refuses tokens beyond
     if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
-    if family == "encoder":
-        longest = getattr(config, "max_position_embeddings", None) or math.inf
-        for name, module in model.named_modules():
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                longest -= module.padding_idx + 1  # RoBERTa's first place has number 2
-        prompt = PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
-        if args.max_source_length > (room := longest - prompt):
-            taken = f", of which the prompt takes {prompt}" if prompt else ""
-            right = f"--max-source-length {room}" if room >= 8 else "another method than prompt"
-            raise UserError(f"{args.model} reads {longest} tokens at most{taken}: {right}")
+    if family == "encoder":  # RoBERTa's first place comes after its padding_idx
+        tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+        room = min((len(m.weight) - (-1 if m.padding_idx is None else m.padding_idx) - 1 for m in tables), default=math.inf)
+        room -= PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
+        if args.max_source_length > room:
+            raise UserError(f"{args.model} has room for {max(0, room)} tokens (prompt: {PROMPT_TOKENS}): --max-source-length")
     else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
         own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
         given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
         start = next(i for i in given if i is not None) if family == "seq2seq" else None
         model.generation_config = hf.GenerationConfig(decoder_start_token_id=start, **own)
-    if args.export and "bitfit" in args.method and not own_biases(base_of(model)):
-        raise UserError("--export: a plain checkpoint has no place for the new biases; the delta (--save) holds them")
+    if args.gradient_checkpointing:  # not the reentrant kind, which gives no gradient when a segment's inputs are frozen
+        with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = model if args.device_map else model.to(args.device)
     facts = {"path": args.model if os.path.isdir(path) else path, "revision": model_revision(args.model), "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
@@ -1313,30 +1260,17 @@ def set_dropout(model: nn.Module, rate: float) -> None:
                 setattr(module, name, rate)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches and scores
-# ----------------------------------------------------------------------------------------------------------------------
-
-CHARACTERS = 100  # of a token at most: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
-LOGITS = 1 << 26  # at a time, of which the loss makes copies in fp32 (256 MB each)
-signature = functools.cache(inspect.signature)  # which takes as long as ten layers
-
-
 class Coder:
-    """Text -> token ids, in the authors' format `Input: ... Output: `; what was encoded once is remembered.
-
-    seq2seq: source and target apart. causal: both in one sequence, padded on the left, the loss on the target alone.
-    encoder: the texts alone, two as a pair of segments; the target is the number of the label.
-    """
+    """Text -> token ids, in the authors' format `Input: ... Output: `; for encoders, the texts alone."""
 
     def __init__(self, tokenizer: object, family: str, max_source: int, max_target: int):
         self.tokenizer, self.family, self.max_source, self.max_target = tokenizer, family, max_source, max_target
         self.rows = getattr(tokenizer, "rows", math.inf)  # of the model's embedding, as load_model found them
         self.pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None and i < self.rows)
-        self.source, self.written = functools.cache(self.source), functools.cache(self.written)
+        self.source, self.written = functools.cache(self.source), functools.cache(self.written)  # what was encoded is remembered
 
     def source(self, example: Example) -> list[int]:
-        """Too long a text is cut at its end, not the closing `Output:`."""
+        """Too long a text is cut at its end, before the closing `Output:`."""
         longest, read, seq2seq = self.max_source * CHARACTERS, self.tokenizer, self.family == "seq2seq"
         if self.family == "encoder":
             texts = example.texts if len(example.texts) == 2 else (example.source,)
@@ -1359,10 +1293,7 @@ class Coder:
         return [*(ids[:-1] if ids[-1:] == [end] else ids)[: self.max_target - 1], end]
 
     def batch(self, sources: list[list[int]], targets: list[list[int]] | None, device: object) -> dict[str, Tensor]:
-        """input_ids and attention_mask (batch, longest); with targets, labels (batch, longest): -100 where nothing is to be learnt.
-
-        causal: the labels belong to the last places. The last token of a target, which predicts nothing, is not among the inputs.
-        """
+        """input_ids, attention_mask, labels (-100: not to be learnt), each (batch, longest); causal: labels of the last places."""
         causal, cuda = self.family == "causal", torch.device(device).type == "cuda"
         if (most := max(itertools.chain(*sources, *(targets or [])))) >= self.rows:
             token = self.tokenizer.convert_ids_to_tokens(most)
@@ -1372,6 +1303,7 @@ class Coder:
             made = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, "left" if causal else "right")
             return (made.pin_memory() if cuda else made).to(device, non_blocking=cuda)  # waits for nothing that a GPU still does
 
+        # causal: source and target in one row, but for the target's last token, which predicts nothing
         rows = [s + t[:-1] for s, t in zip(sources, targets, strict=True)] if causal and targets else sources
         out = {"input_ids": pad(rows, self.pad), "attention_mask": pad([[1] * len(row) for row in rows], 0)}
         if self.family == "encoder" and "token_type_ids" in self.tokenizer.model_input_names:
@@ -1394,21 +1326,8 @@ def token_logp(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tens
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_(min=0)
     logits = model(**batch).logits
     logits = logits[:, None] if coder.family == "encoder" else logits[:, -labels.shape[1] :]
-    return _rows_logp(logits.flatten(0, 1), labels.flatten().to(logits.device)).view(labels.shape)
-
-
-def _rows_logp(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each row's label. Many logits are taken in parts, so that none but a part is ever copied in fp32."""
-    rows = max(1, LOGITS // logits.shape[1])
-    if len(logits) <= rows:
-        return -nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
-    again = functools.partial(torch.utils.checkpoint.checkpoint, _rows_logp, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(*part) for part in zip(logits.split(rows), labels.split(rows), strict=True)])
-
-
-def loss_sum(model: nn.Module, coder: Coder, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the targets' tokens (a sum, so that micro-batches and ranks add up exactly)."""
-    return -token_logp(model, coder, batch).sum()
+    flat, wanted = logits.flatten(0, 1).float(), labels.flatten().to(logits.device)
+    return -nn.functional.cross_entropy(flat, wanted, ignore_index=-100, reduction="none").view(labels.shape)
 
 
 @torch.no_grad()
@@ -1431,19 +1350,17 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
     out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
     found = []  # stays on the device until all is computed
     model.eval()
-    try:
-        for chosen in batches:
-            sources = [coder.source(examples[i]) for i in chosen]
-            if data.words:
-                tokens = label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True)
-            else:
-                batch = add_prompt(model, coder.batch(sources, None, device))
-                tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
-                skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
-                tokens = nn.functional.pad(tokens[:, skip:], (0, coder.max_target + skip - tokens.shape[1]), value=coder.pad)
-            found.append(tokens.to(device))
-    finally:
-        model.train()
+    for chosen in batches:
+        sources = [coder.source(examples[i]) for i in chosen]
+        if data.words:
+            tokens = label_scores(model, coder, sources, data.words, device).argmax(1, keepdim=True)
+        else:
+            batch = add_prompt(model, coder.batch(sources, None, device))
+            tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
+            skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
+            tokens = nn.functional.pad(tokens[:, skip:], (0, coder.max_target + skip - tokens.shape[1]), value=coder.pad)
+        found.append(tokens.to(device))
+    model.train()
     if found:
         out[list(itertools.chain(*batches))] = torch.cat(found)
     if world > 1:
@@ -1457,98 +1374,75 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-class Run(NamedTuple):
-    """What a sweep loads once, and the arguments of one of its runs."""
-
-    model: nn.Module
-    coder: Coder
-    data: Data
-    facts: dict  # about the model, for the result
-    args: argparse.Namespace
-    code: str  # SHA-256 of this file, when it was started
+# What a sweep loads once, facts about the model for the result, the arguments of one of its runs, and this file's SHA-256.
+Run = namedtuple("Run", "model coder data facts args code")
+# What a method trains: fp32 params, which write() puts into the model; among them or not: new weights, and the classification head.
+Tuned = namedtuple("Tuned", "params write apet inserted head")
 
 
-class Tuned(NamedTuple):
-    """What a method trains: fp32 parameters, how they get into the model, and how the model gets back to before."""
-
-    params: dict[str, nn.Parameter]
-    write: Callable[[], object]
-    undo: Callable[[], None]
-    apet: APET | None
-    inserted: dict[str, nn.Parameter]  # the new weights of the method, or among which APET chose
-    head: dict[str, nn.Parameter]  # the classification head, trained (then in `params`, too) or not
-
-
-def prepare(model: nn.Module, args: argparse.Namespace, batches: Batches = None) -> Tuned:
-    """Put `args.method` on the pretrained model; make its classification head, if it has one, anew. See `select_positions`."""
-    model.requires_grad_(False)
-    base, params, writes, apet, inserted = base_of(model), {}, [], None, {}
+def prepare(model: nn.Module, args: argparse.Namespace, undo: contextlib.ExitStack, batches: Batches = None) -> Tuned:
+    """Put `args.method` on the pretrained model, until undo.close(); make its classification head, if it has one, anew."""
+    model.train().requires_grad_(False)
+    base, apet, inserted = base_of(model), None, {}
     inside = {id(p) for p in base.parameters()}
     head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
     for module in model.modules():
         if any(p is not None and id(p) not in inside for p in module._parameters.values()):
             model._init_weights(module)  # from args.seed
-    with contextlib.ExitStack() as stack:  # what is done here is undone in reverse
-        methods = args.insert if args.method == "apet" else [m for m in COUNTED if m == args.method]
-        if methods and not (args.method == "bitfit" and own_biases(base)):
-            inserted = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
-            stack.callback(remove_inserted, base)
-        set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
-        whole = {} if args.freeze_head else dict(head)
-        if args.method == "apet":
-            options = dict(where=args.where, batches=batches)
-            apet = APET.load(base, args.load) if args.load else APET(base, args.budget, args.mask, args.mask_seed, **options)
-            stack.callback(apet.remove)
-            stack.callback(apet.restore)
-            params["values"] = apet.values
-            writes.append(apet.write)
-        elif args.method != "none":
-            whole |= inserted or (own_biases(base) if args.method == "bitfit" else dict(base.named_parameters()))
-        masters, write, undo = tune_whole(whole)
-        stack.callback(undo)
-        saved = load_tensors(args.load)[0] if args.load else {}
-        for name, p in (head | inserted | masters).items() if args.load else ():
-            if name not in saved or saved[name].shape != p.shape:
-                raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
-            p.data.copy_(saved[name])
-        write()
-        return Tuned(params | masters, lambda: [w() for w in (*writes, write)], stack.pop_all().close, apet, inserted, head)
+    methods = args.insert if args.method == "apet" else [m for m in COUNTED if m == args.method]
+    methods = [m for m in methods if not (m == "bitfit" and own_biases(base))]
+    if args.export and methods:
+        raise UserError(f"--export: a plain checkpoint has no place for {', '.join(methods)}; the delta (--save) holds it")
+    if methods:
+        inserted = {f"inserted.{n}": p for n, p in insert(base, methods).named_parameters()}
+        undo.callback(base.inserted.undo)
+    set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
+    whole = {} if args.freeze_head else dict(head)
+    if args.method == "apet":
+        options = dict(where=args.where, batches=batches)
+        apet = APET.load(base, args.load) if args.load else APET(base, args.budget, args.mask, args.mask_seed, **options)
+        undo.callback(apet.remove)
+        undo.callback(apet.restore)
+    elif args.method != "none":
+        whole |= inserted or (own_biases(base) if args.method == "bitfit" else dict(base.named_parameters()))
+    masters, write = tune_whole(whole, undo)
+    saved = load_tensors(args.load)[0] if args.load else {}
+    for name, p in (head | inserted | masters).items() if args.load else ():
+        if name not in saved or saved[name].shape != p.shape:
+            raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
+        p.data.copy_(saved[name])
+    write()
+    params = {"values": apet.values} if apet else {}
+    return Tuned(params | masters, lambda: (apet and apet.write(), write()), apet, inserted, head)
 
 
-def tune_whole(params: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], Callable[[], None], Callable[[], None]]:
-    """(fp32 parameters to train, write, undo) for whole tensors: in half precision their own small steps would vanish."""
-    original = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
+def tune_whole(params: dict[str, nn.Parameter], undo: contextlib.ExitStack) -> tuple[dict[str, nn.Parameter], Callable]:
+    """(fp32 parameters to train, write) for whole tensors: in half precision their own small steps would vanish."""
     masters = {n: p.requires_grad_() if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in params.items()}
-    copied = [(masters[n], p.requires_grad_()) for n, p in params.items() if masters[n] is not p]
+    copied = [(masters[n], p) for n, p in params.items() if masters[n] is not p]
 
     def move(master: nn.Parameter, p: nn.Parameter) -> None:
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
-    handles = [p.register_post_accumulate_grad_hook(functools.partial(move, master)) for master, p in copied]
+    def put_back(p: nn.Parameter, original: Tensor) -> None:
+        p.requires_grad_(False).copy_(original)
+        p.grad = None
 
     @torch.no_grad()
     def write() -> None:
         for master, p in copied:
             p.copy_(master)
 
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-        for name, p in params.items():
-            p.requires_grad_(False).copy_(original[name])
-            p.grad = None
-
-    return masters, write, undo
+    for p in params.values():
+        undo.callback(put_back, p, p.detach().to("cpu", copy=True))
+    for master, p in copied:
+        undo.callback(p.requires_grad_().register_post_accumulate_grad_hook(functools.partial(move, master)).remove)
+    return masters, write
 
 
 def auto_lr(method: str, budget: int, family: str) -> float:
-    """AdamW's rate, after sweeps on the toy family and a real model (results/README.md).
-
-    APET: 1.5e-2 at 10,000 scalars, more for fewer (Xu & Zhang, ICML 2024: 1e-2 at 0.01 % of a model), between 0.1 and the rate of
-    full fine-tuning, the authors' as that of prompts. Other new modules: 1e-3; the authors' 3e-4 (T5) and 1e-4 need more steps.
-    """
+    """AdamW's rate, by sweeps (results/README.md): for APET, more for fewer scalars (Xu & Zhang, ICML 2024)."""
     full = 3e-4 if family == "seq2seq" else 1e-4
     if method == "apet":
         return min(1e-1, max(full, 1.5e-2 * (1e4 / budget) ** 0.75))
@@ -1569,97 +1463,58 @@ def from_rank_0(read: Callable[[], object]) -> object:
     return found[0]
 
 
-@torch.no_grad()
-def fill_from_rank_0(targets: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> None:
-    """targets <- numbers, which rank 0 alone has."""
-    for name, target in targets.items():
-        if ranks()[0] == 0:
-            target.copy_(numbers[name])
-        if ranks()[1] > 1:
-            torch.distributed.broadcast(target.detach(), 0)
-
-
-def on_any_rank(flag: bool) -> bool:
-    """Agreed among the hosts, which need not wait for their devices."""
-    flags = torch.tensor([float(flag)])
-    if ranks()[1] > 1:
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return flags.tolist() == [1.0]
-
-
 def batch_at(step: int, size: int, n: int, seed: int) -> list[int]:
     """The examples of a step: every epoch is a new permutation; a function of its arguments, so nothing has to be saved."""
-    return [_permutation(n, seed, place // n)[place % n] for place in range(step * size, (step + 1) * size)]
+    return [shuffled(n, (seed << 20) + place // n)[place % n] for place in range(step * size, (step + 1) * size)]
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
-
-
-def loss_of(run: Run, examples: list[Example]) -> Tensor:
-    """`loss_sum` of these examples."""
+def loss_sum(run: Run, examples: list[Example]) -> Tensor:
+    """Cross-entropy summed over the targets' tokens (a sum, so that micro-batches and ranks add up exactly)."""
     sources, targets = [run.coder.source(e) for e in examples], [run.coder.target(e) for e in examples]
-    return loss_sum(run.model, run.coder, run.coder.batch(sources, targets, run.args.device))
+    return -token_logp(run.model, run.coder, run.coder.batch(sources, targets, run.args.device)).sum()
 
 
 def score(run: Run, examples: list[Example]) -> dict[str, float]:
     """The metrics of the task on these examples; the first is the one that counts."""
-    size = run.args.eval_batch_size
-    try:
-        return measure(run.data.metric, predict(run.model, run.coder, run.data, examples, size, run.args.device), examples)
-    except torch.OutOfMemoryError:  # checkpointing saves memory in training alone
-        raise UserError(f"out of memory in evaluation: lower --eval-batch-size (now {size})") from None
+    args = run.args
+    return measure(run.data.metric, predict(run.model, run.coder, run.data, examples, args.eval_batch_size, args.device), examples)
 
 
-def start_training(run: Run, tuned: Tuned, lr: float) -> tuple[torch.optim.Optimizer, dict]:
+def start_training(run: Run, tuned: Tuned, lr: float, record: dict) -> tuple[torch.optim.Optimizer, dict]:
     """AdamW, and the state of the run: all that it needs to go on after an interruption, the tensors being those in use."""
     params, head = tuned.params, tuned.head
     groups = [{"params": [p for n, p in params.items() if n not in head], "lr": lr}]
     groups += [{"params": [p for n, p in params.items() if n in head], "lr": 1e-3}]  # a new layer of a few hundred weights
     fused = {p.device.type for p in params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
-    tensors = {name: p.detach() for name, p in params.items()}
+    state = {"key": f"{run.args.name} {run.facts['revision']} {run.code}", "record": record}
+    state["best"] = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
+    state["tensors"] = {n: p.detach() for n, p in params.items()}
     for name, p in params.items():
         step = torch.zeros((), device=p.device if fused else "cpu")
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        tensors |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
-    record = dict(step=0, tokens=0, train_s=0.0, eval_s=0.0, loss=[], eval=[], best={"step": 0, "score": -math.inf})
-    best = {n: p.detach().to("cpu", copy=True) for n, p in params.items() if ranks()[0] == 0}
-    key = f"{run.args.name} {run.facts['revision']} {run.code}"
-    return optimizer, {"key": key, "record": record, "best": best, "tensors": tensors}
-
-
-def save_state(file: str, state: dict) -> None:
-    """By rank 0, for which the others wait: torchrun ends all processes once one has ended."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as f:  # tensor by tensor; given a name, torch makes a RuntimeError of a full disk
-            torch.save(state, f)
-
-    from_rank_0(lambda: write_file(file, write))
+        state["tensors"] |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
+    return optimizer, state
 
 
 def load_state(file: str, state: dict) -> bool:
-    """Set `state` to what `save_state` wrote, if that is whole and of the same run; else say so and leave it."""
-
-    def kind(x: object) -> object:
-        if isinstance(x, dict):
-            return {name: kind(part) for name, part in x.items()}
-        return (x.dtype, x.shape) if isinstance(x, Tensor) else type(x)
-
+    """Set `state` to what `train` saved, if that is whole and of the same run; else say so and leave it."""
     found = {}
     if ranks()[0] == 0 and os.path.exists(file):
         with contextlib.suppress(Exception), zipfile.ZipFile(file) as f:  # a file that is no state can fail in any way
             read = torch.load(file, map_location="cpu", weights_only=True)
-            if f.testzip() is None and kind(read) == kind(state) and read["key"] == state["key"]:  # torch checks no sums
+            if f.testzip() is None and read["key"] == state["key"]:  # torch checks no sums; the same code wrote the same tensors
                 found = read
         if not found:
             say(f"{file} is damaged, or of another run, model or version of apet.py: the run starts anew")
     if record := from_rank_0(lambda: found.get("record")):
         state["record"].update(record)
-        state["best"].update(found.get("best", {}))
-        fill_from_rank_0(state["tensors"], found.get("tensors", {}))
+        for part in ("best", "tensors"):
+            for name, tensor in state[part].items():
+                if found:
+                    tensor.copy_(found[part][name])
+                if ranks()[1] > 1:
+                    torch.distributed.broadcast(tensor, 0)
         say(f"continuing at step {record['step']}")
     return bool(record)
 
@@ -1674,7 +1529,7 @@ def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record:
     loss, parts = torch.zeros((), device=args.device), args.grad_accum * world
     for part in range(rank, parts, world):
         if mine := chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]:
-            part_loss = loss_of(run, mine) / count
+            part_loss = loss_sum(run, mine) / count
             part_loss.backward()
             loss += part_loss.detach().to(loss.device)
     if world > 1:
@@ -1690,17 +1545,15 @@ def train_step(run: Run, tuned: Tuned, optimizer: torch.optim.Optimizer, record:
     return loss
 
 
-def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
-    """Train, keep the parameters that score best on data.select, and leave them in the model. Returns the run's record.
+def train(run: Run, tuned: Tuned, lr: float, record: dict, state_file: str) -> None:
+    """Train, and leave those parameters in the model that score best on data.select. To the record: curves, seconds, tokens.
 
-    state_file: where the same run goes on, if it was interrupted. The record: loss (mean per target token) and evaluation
-    curves, best step, seconds, tokens. Raises UserError when the loss is not finite, KeyboardInterrupt (state saved) on a signal.
+    The state is saved after each evaluation, and once a minute: however a run ends, the same command goes on from there.
     """
     from tqdm import tqdm
 
-    args, waiting = run.args, []
-    optimizer, state = start_training(run, tuned, lr)
-    record, best = state["record"], state["best"]
+    args, waiting, saved, pause = run.args, [], time.monotonic(), 60
+    optimizer, state = start_training(run, tuned, lr, record)
     resumed = args.resume and load_state(state_file, state)
     started = time.perf_counter() - record["train_s"] - record["eval_s"]
 
@@ -1717,9 +1570,9 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
         look()
         began, scores = time.perf_counter(), score(run, run.data.select)
         record["eval"].append({"step": record["step"], **scores})
-        if (first := next(iter(scores.values()))) > record["best"]["score"]:
-            record["best"] = {"step": record["step"], "score": first}
-            for name, kept in best.items():
+        if record["best"] is None or next(iter(scores.values())) > record["best"]["score"]:
+            record["best"] = {"step": record["step"], "score": next(iter(scores.values()))}
+            for name, kept in state["best"].items():
                 kept.copy_(tuned.params[name].detach())
         record["eval_s"] += time.perf_counter() - began
 
@@ -1727,37 +1580,24 @@ def train(run: Run, tuned: Tuned, lr: float, state_file: str) -> dict:
     if not resumed:
         evaluate()
     options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
-    with catch_signals() as caught, tqdm(**options, disable=ranks()[0] > 0) as bar:
+    with tqdm(**options, disable=ranks()[0] > 0) as bar:
         while record["step"] < args.steps:
             waiting.append(train_step(run, tuned, optimizer, record))
             due = record["step"] % args.eval_every == 0 or record["step"] == args.steps
             if due:
                 evaluate()
-            stop = on_any_rank(bool(caught))
-            if stop or (due and record["step"] < args.steps):
+            if ranks()[0] == 0 and record["step"] < args.steps and (due or time.monotonic() - saved > pause):
                 look()
-                save_state(state_file, state)
-            if stop:
-                raise KeyboardInterrupt(caught[0] if caught else signal.SIGTERM, record["step"])
+                began = time.monotonic()
+                write_file(state_file, functools.partial(torch.save, state))
+                saved = time.monotonic()
+                pause = max(60, 20 * (saved - began))  # seconds
             if bar.update():  # it is drawn, every half second
                 look()
                 bar.set_postfix(loss=f"{record['loss'][-1]:.3f}", refresh=False)
-    fill_from_rank_0(tuned.params, best)
+    for name, p in tuned.params.items():
+        p.data.copy_(state["best"][name])
     tuned.write()
-    return record
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """The signals that would end the process, noted in a list; those that are ignored (nohup, a job in the background) stay so."""
-    caught, ends = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
-    used = [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in used}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1771,68 +1611,58 @@ def parser() -> argparse.ArgumentParser:
     """Every flag, with its default's reason. None stands for a default that depends on the others; see `check_args`."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
-    def error(message: str) -> None:
+    def error(message: str) -> None:  # one line; argparse would print every flag before it
         raise UserError(message.removeprefix("argument "))
 
-    def word(text: str) -> str:
-        if not text.strip():
-            raise UserError("it is empty; leave it out, or give it a value")
-        if text.encode(errors="replace").decode() != text:  # results and deltas hold it
-            raise UserError(f"{text!r} is not UTF-8: rename it")
+    def word(text: str) -> str:  # a name, which results and deltas hold
+        if not text.strip() or text.encode(errors="replace").decode() != text:
+            raise UserError(f"{text!r} is empty or not UTF-8: leave the flag out, or rename it")
         return text
 
-    def number(what: str, fits: Callable, read: Callable, text: str) -> int | float | str:
+    def number(read: Callable[[str], float], low: float, high: float, text: str) -> float:
         with contextlib.suppress(ValueError):
-            if fits(value := read(text)):
+            if low <= (value := read(text)) <= high:
                 return value
-        raise UserError(f"it must be {what}, not {text!r}")
+        raise UserError(f"it must be a {'' if read is float else 'whole '}number from {low:,} to {high:,}, not {text!r}")
 
-    def each(read: Callable[..., object], text: str, **options: object) -> list:
-        parts = [part.strip() for part in text.split(",")]
-        if not all(parts):
-            raise UserError(f"empty entry in {text!r}")
-        return list(dict.fromkeys(read(part, **options) for part in parts))
+    def each(read: Callable[[str], object], *args: object) -> Callable[[str], list]:  # of a list, which sweeps
+        return lambda text: list(dict.fromkeys(read(part.strip(), *args) for part in text.split(",")))
 
     def add(flag: str, read: Callable[[str], object], help: str, default: str | None = None) -> None:
         p.add_argument(flag, type=read, help=help, default=default)
 
-    p.error = error  # one line, as for all else that a person can put right; argparse would print every flag before it
-    partial = functools.partial
+    p.error, partial = error, functools.partial
     whole = partial(parse_count, what="it")
-    count = partial(number, "a whole number from 1 to 1e9, such as 10000 or 1e4", lambda x: x <= 10**9, whole)
-    size = partial(number, "a whole number from 1 to 100,000", lambda x: x <= 100_000, whole)  # of what has to fit into memory
-    seed = partial(each, partial(number, "a whole number from 0 to 999999999", lambda x: 0 <= x < 10**9, int))
-    share = partial(number, "a number from 0 to below 1", lambda x: 0 <= x < 1, float)
-    above_0 = partial(number, "a number above 0, or auto", lambda x: 0 < x < math.inf, float)
-    rates = partial(each, lambda text: text if text == "auto" else above_0(text))
+    count, size = partial(number, whole, 1, 10**9), partial(number, whole, 1, 100_000)
+    seed, rate = partial(number, int, 0, 10**9), partial(number, float, 1e-12, math.inf)
     add("--model", word, "a local folder, a hub id, or a short name such as t5-large (default: that of --load, or toy-base)")
     add("--task", word, "of the table, a hub id, a local file or folder (default: that of --load, or toy-sentiment)")
-    add("--method", partial(each, one_of, known=METHODS, what="method"), f"{', '.join(METHODS)}; a list sweeps", "apet")
-    add("--budget", partial(each, str), "scalars: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps", "1e4")
-    add("--mask", partial(each, one_of, known=MASKS, what="mask"), f"which positions: {', '.join(MASKS)}; a list sweeps", "random")
+    add("--method", each(one_of, METHODS, "method"), f"{', '.join(METHODS)}; a list sweeps", "apet")
+    add("--budget", each(word), "scalars: 1e4, 0.1%%, or as many as lora, adapter, prompt or bitfit; a list sweeps", "1e4")
+    add("--mask", each(one_of, MASKS, "mask"), f"which positions: {', '.join(MASKS)}; a list sweeps", "random")
     add("--where", word, f"candidates: {', '.join(WHERE)}, layers:0-3 or a regular expression on names", "all")
-    inserted = partial(each, one_of, known=COUNTED[:3], what="method to insert")
-    add("--insert", inserted, "lora, adapter, prompt: APET chooses among these new weights, too, as in the authors' code")
+    add("--insert", each(one_of, COUNTED[:3], "method to insert"), "lora, adapter, prompt: APET chooses among their weights, too")
     p.add_argument("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
-    add("--mask-seed", seed, "seed of the positions; a list sweeps", "0")
-    add("--seed", seed, "seed of training: data order, dropout; a list sweeps", "0")
-    add("--lr", rates, "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
+    add("--mask-seed", each(seed), "seed of the positions; a list sweeps", "0")
+    add("--seed", each(seed), "seed of training: data order, dropout; a list sweeps", "0")
+    lr = each(lambda text: text if text == "auto" else rate(text))
+    add("--lr", lr, "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
     add("--steps", count, "optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
     add("--batch-size", size, "examples a step, over all micro-batches and processes (default: 32, the authors')", "32")
     add("--grad-accum", size, "micro-batches a step, each of examples of like length", "1")
-    add("--max-source-length", size, "tokens (default: 128, the authors')")
-    add("--max-target-length", size, "tokens, end of sequence included (default: 128, the authors')")
+    add("--max-source-length", partial(number, whole, 8, 100_000), "tokens (default: 128, the authors')")
+    add("--max-target-length", partial(number, whole, 2, 100_000), "tokens, end of sequence included (default: 128, the authors')")
     add("--eval-every", count, "steps between evaluations (default: a twentieth of all, the authors'; toy tasks: a quarter)")
     add("--eval-batch-size", size, "examples a batch in evaluation", "64")
     add("--train-size", count, "use that many training examples (fixed choice)")
     add("--eval-size", count, "evaluate on that many (fixed choice; default: all, at most 1,000 to pick the best step)")
-    add("--dropout", share, "rate (default: the authors' 0 for apet and 0.1 for the others; 0 on the toy models)")
+    add("--dropout", partial(number, float, 0, 0.99), "rate (default: the authors' 0 for apet, 0.1 for others; 0 on toy models)")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU); what is tuned is fp32")
     add("--device", word, "cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--device-map", word, "spread the model over several devices: auto (needs accelerate)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--text-fields", word, "text columns, comma-separated")
-    add("--label-field", word, "column of the label or target text")
+    add("--text-fields", word, "text columns, comma-separated (default: those of the table, or text)")
+    add("--label-field", word, "column of the label or target text (default: that of the table, or label)")
     add("--out", word, "folder of the results (default: %(default)s)", "results/runs")
     add("--save", word, "file for the delta (default: beside the result)")
     add("--export", word, "folder for a plain Hugging Face checkpoint of the tuned model")
@@ -1849,7 +1679,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         other = args.task not in (None, about.get("task"))  # its columns have other names
         names = ("model", "task", "method", "insert", *(DATA_FLAGS[2:] if other else DATA_FLAGS))
         try:
-            if about.get("format") != "apet 1" or "pool" in about:  # an earlier version could pool an encoder's hidden states
+            if about.get("format") != "apet 1":
                 raise UserError("not of this version")
             made = parser().parse_args([f"--{name.replace('_', '-')}={about[name]}" for name in names if about.get(name)])
         except UserError as e:
@@ -1863,59 +1693,36 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     args.eval_every = args.eval_every or max(1, args.steps // (4 if toy else 20))
     if args.dropout is None and args.model in TOY_MODELS:
         args.dropout = 0.0
-    if args.max_source_length < 8 or args.max_target_length < 2:
-        raise UserError("--max-source-length must be at least 8 and --max-target-length at least 2")
-    if args.grad_accum > args.batch_size:
-        raise UserError(f"--grad-accum {args.grad_accum} is above --batch-size {args.batch_size}")
     if args.insert and "apet" not in args.method:
         raise UserError("--insert goes with --method apet, which chooses among the new weights")
     if args.save and os.path.lexists(args.save) and not os.path.isfile(args.save):
         raise UserError(f"--save {args.save} is no file; name a new one, or one to replace")
-    if args.export and (odd := {"adapter", "prompt"} & {*args.method, *args.insert}):
-        raise UserError(f"--export: a plain checkpoint has no place for {', '.join(odd)}; the delta (--save) holds it")
     if (args.save or args.export) and (n := len(runs(args))) > 1:
         raise UserError(f"--save and --export want one run, not a sweep of {n}")
-    args.device = usable_device(args)
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # SLURM, too, sets RANK and the like
+    local, world = (int(os.environ[name]) if torchrun else i for i, name in enumerate(("LOCAL_RANK", "WORLD_SIZE")))
+    if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
+        raise UserError("torchrun gives each process its own GPU: leave --device and --device-map out, or torchrun")
+    args.device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    try:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+            raise RuntimeError("cpu, cuda and cuda:1 can")
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device} can't be used: {str(e).splitlines()[0]}") from None
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    if world > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     return args
 
 
-def usable_device(args: argparse.Namespace) -> str:
-    """The device to run on, tried out; under torchrun, with a process group that is joined."""
-    names = ("LOCAL_RANK", "WORLD_SIZE", "RANK", "MASTER_PORT")
-    found = [os.environ.get(name, "") for name in names]
-    if not all(found):  # SLURM, too, sets some of them
-        found = ["0", "1"]
-    if not all(map(str.isdecimal, found)):
-        raise UserError(f"the environment variables {', '.join(names)} must be numbers, as torchrun sets them")
-    local, world = map(int, found[:2])
-    if world > 1 and (args.device_map or (args.device or "").startswith("cuda")):
-        right = "python apet.py --device-map ..." if args.device_map else "torchrun ... apet.py without --device"
-        raise UserError(f"torchrun gives each process its own GPU, with a whole model on it: {right}, please")
-    name = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu and cuda can")
-        torch.empty(1, device=name)
-        if name.startswith("cuda:"):
-            torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} can't be used: {str(e).splitlines()[0]}") from None
-    if world > 1 and not torch.distributed.is_initialized():  # gloo: what hosts tell each other
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
-    return name if name.startswith("cuda") else "cpu"
-
-
 def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
-    """The arguments of each run of the sweep; what a method does not read does not multiply it.
-
-    A run's name, for its files: what it is in words, and a hash of all that its numbers depend on, data and model included.
-    """
+    """The arguments of each run of the sweep, with its name: words, and a hash of all that its numbers depend on."""
     out, unread = [], {"out", "save", "export", "resume", "device", "eval_batch_size"}
-    more = {"revisions": revisions}
-    if args.load:  # another delta under the same name is another run
-        more["load"] = hashlib.sha256(Path(args.load).read_bytes()).hexdigest()
-    for method in args.method:
+    more = {"revisions": revisions, "load": args.load and hash_files([args.load])}  # changed files are another run
+    for method in args.method:  # what it does not read does not multiply it
         apet, trains = method == "apet" and not args.load, not args.load
         lists = [args.budget, args.mask, args.mask_seed] if apet else [[None]] * 3
         lists += [args.seed if trains else [None], args.lr if trains and method != "none" else [None]]
@@ -1925,80 +1732,54 @@ def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
             own = argparse.Namespace(**vars(args))
             own.method, own.budget, own.mask, own.mask_seed, own.seed, own.lr = method, budget, mask, mask_seed, seed, lr
             own.where, own.insert = (args.where, args.insert) if method == "apet" else (None, [])
+            words = [method if trains else "loaded", *([mask, budget, f"p{mask_seed}"] if mask else [])]
+            words += [] if seed is None or method == "none" else [f"s{seed}"]
             read = {k: v for k, v in sorted(vars(own).items()) if k not in unread} | more
-            words = [args.model, args.task, method if trains else "loaded", f"{mask}-{budget}-p{mask_seed}" if mask else ""]
-            words.append("" if seed is None or method == "none" else f"s{seed}")
-            words.append(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8])
-            own.name = "-".join(re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII).strip(".")[-40:] for word in words if word)
-            own.label = " ".join(str(x) for x in (method, budget, mask, mask_seed) if x is not None)
+            ends = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8]
+            names = (re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII).strip(".") for word in (args.model, args.task, *words, ends))
+            own.name, own.label = "-".join(name[-40:] for name in names), " ".join(words)
             out.append(own)
     return out
 
 
-def run_one(run: Run) -> dict:
-    """Train and evaluate, write the files, and leave the model as it was. Returns the result."""
+def run_one(run: Run, undo: contextlib.ExitStack) -> dict:
+    """Train and evaluate, write the files. Returns the result: all that is known of a run, enough to redo it."""
     start, args, data = time.perf_counter(), run.args, run.data
-    reset_peak_memory(args.device)
+    for i in range(torch.cuda.device_count()) if args.device != "cpu" else ():
+        torch.cuda.reset_peak_memory_stats(i)
     torch.manual_seed(args.seed or 0)
     chosen = (batch_at(step, args.batch_size, len(data.train), args.mask_seed) for step in range(8))  # for --mask gradient
-    tuned = prepare(run.model, args, (functools.partial(loss_of, run, [data.train[i] for i in batch]) for batch in chosen))
-    try:
-        if args.save and (args.load or not tuned.params):
-            raise UserError(f"--save: --method {args.method} trains nothing here, so there is no delta to save")
-        size = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
-        lr = auto_lr(args.method, size, run.facts["family"]) if args.lr == "auto" else args.lr
-        record = {"step": 0, "tokens": 0, "train_s": 0.0, "eval_s": 0.0, "loss": [], "eval": [], "best": None}
-        if tuned.params and not args.load:
-            record = train(run, tuned, lr, os.path.join(args.out, f"{args.name}.state"))
-        began, scores = time.perf_counter(), score(run, data.report)
-        record["eval_s"] += time.perf_counter() - began
-        record["all_s"] = time.perf_counter() - start
-        result = make_result(run, tuned, record, scores, size) | {"lr": lr}
-        from_rank_0(lambda: write_result(run, tuned, result))
-        return result
-    finally:
-        tuned.undo()
-
-
-def run_in_memory(run: Run, todo: list[argparse.Namespace]) -> dict:
-    """`run_one`; once training has run out of GPU memory, again with gradient checkpointing, which then stays on."""
-    try:
-        return run_one(run)
-    except torch.OutOfMemoryError:
-        if run.args.gradient_checkpointing or ranks()[1] > 1:  # the other processes go on, where this one would begin again
-            raise UserError("out of GPU memory: --gradient-checkpointing, less --batch-size or more --grad-accum help") from None
-    say("out of GPU memory: once more with gradient checkpointing")
-    checkpoint(run.model)
-    for own in todo:
-        own.gradient_checkpointing = True
-    return run_in_memory(run, todo)
-
-
-def checkpoint(model: nn.Module) -> None:
-    """Not the reentrant kind, which gives no gradient when a segment's inputs are frozen."""
-    with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def make_result(run: Run, tuned: Tuned, record: dict, scores: dict[str, float], size: int) -> dict:
-    """All that is known of a run; enough to redo it."""
-    args, steps, (metric, first) = run.args, record["step"], next(iter(scores.items()))
-    out = {"score": first, "metric": metric, "metrics": scores, "baselines": baselines(run.data), "best": record["best"]}
+    tuned = prepare(run.model, args, undo, (functools.partial(loss_sum, run, [data.train[i] for i in batch]) for batch in chosen))
+    if args.save and (args.load or not tuned.params):
+        raise UserError(f"--save: --method {args.method} trains nothing here, so there is no delta to save")
+    size = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
+    lr = auto_lr(args.method, size, run.facts["family"]) if args.lr == "auto" else args.lr
+    record = {"step": 0, "tokens": 0, "train_s": 0.0, "eval_s": 0.0, "loss": [], "eval": [], "best": None}
+    if tuned.params and not args.load:
+        train(run, tuned, lr, record, os.path.join(args.out, f"{args.name}.state"))
+    began, scores = time.perf_counter(), score(run, data.report)
+    record["eval_s"] += time.perf_counter() - began
+    record["all_s"] = time.perf_counter() - start
+    every = max(1, math.ceil(record["step"] / 500))  # steps that an entry of loss_curve is the mean of
+    chunks = [record["loss"][i : i + every] for i in range(0, record["step"], every)]
     total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
-    out |= {"tuned_params": size, "total_params": total, "density": size / total}
-    out |= {"head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head)}
-    every = max(1, math.ceil(steps / 500))  # steps that an entry of loss_curve is the mean of
-    chunks = [record["loss"][i : i + every] for i in range(0, steps, every)]
-    out |= {"loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record["eval"]}
-    out |= {"seconds": {what: record[f"{what}_s"] for what in ("train", "eval", "all")}}
-    out |= {"step_ms": 1e3 * record["train_s"] / steps if steps else None}
-    out |= {"tokens_per_s": record["tokens"] / record["train_s"] if steps else None, "peak_memory_bytes": peak_memory(args.device)}
     cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
-    out |= {"device": cpu if args.device == "cpu" else torch.cuda.get_device_name(), "processes": ranks()[1]}
-    out |= {"labels": list(run.data.words), "data": run.data.about, "model": run.facts}
-    out |= {"arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")}}
-    out |= {"versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")}}
-    return out | {"apet_sha256": run.code, "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    result = {
+        "score": next(iter(scores.values())), "metric": next(iter(scores)), "metrics": scores, "baselines": baselines(data),
+        "best": record["best"], "tuned_params": size, "total_params": total, "density": size / total,
+        "head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head),
+        "loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record["eval"],
+        "seconds": {what: record[f"{what}_s"] for what in ("train", "eval", "all")},
+        "step_ms": 1e3 * record["train_s"] / record["step"] if record["step"] else None,
+        "tokens_per_s": record["tokens"] / record["train_s"] if record["step"] else None,
+        "peak_memory_bytes": peak_memory(args.device), "device": cpu if args.device == "cpu" else torch.cuda.get_device_name(),
+        "processes": ranks()[1], "labels": list(data.words), "data": data.about, "model": run.facts,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("name", "label")},
+        "versions": {"python": platform.python_version()} | {m: version(m) for m in ("torch", "transformers", "numpy")},
+        "apet_sha256": run.code, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "lr": lr,
+    }  # fmt: skip
+    from_rank_0(lambda: write_result(run, tuned, result))
+    return result
 
 
 def write_result(run: Run, tuned: Tuned, result: dict) -> None:
@@ -2014,49 +1795,32 @@ def write_result(run: Run, tuned: Tuned, result: dict) -> None:
             save_tensors(tuned.head | tuned.params, result["delta"], about)
     write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     Path(f"{file}.state").unlink(missing_ok=True)
-    if args.export:  # LoRA, which has no place in a plain checkpoint, is merged into the weights for good: no other run follows
-        base = base_of(run.model)
-        inserted = getattr(base, "inserted", {})
-        for name, layer in method_layers(base, "lora").items() if "lora" in inserted else ():
-            part = inserted["lora"].get_submodule(name.replace(".", "_"))
-            change = (part["B"] @ part["A"]).detach() * (LORA_ALPHA / LORA_RANK)
-            layer.weight.data.copy_(layer.weight.float() + (change if isinstance(layer, nn.Linear) else change.t()))
-        run.model.save_pretrained(args.export, state_dict={n: t for n, t in run.model.state_dict().items() if "inserted." not in n})
+    if args.export:
+        run.model.save_pretrained(args.export)
         run.coder.tokenizer.save_pretrained(args.export)
-
-
-COLUMNS = {"method": "<", "tuned": ">,", "of all": ">.3%", "positions": "<", "lr": ">.2g", "best step": ">", "score": ">.3f"}
-COLUMNS |= {"seconds": ">.1f", "ms/step": ">.1f", "tokens/s": ">,.0f", "peak MB": ">,.0f"}
 
 
 def table(results: list[tuple[argparse.Namespace, dict]]) -> str:
     """What a person wants to know, a line a run."""
-    args, r = results[0]
-    examples, base = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples", r["baselines"]
-    guesses = f"random guess {base['random_guess']:.3f}, majority {base['majority']:.3f}"
-    rows = [[r["metric"] if name == "score" else name for name in COLUMNS]]
+    (args, r), row = results[0], "{:8}{:>11}{:>10}  {:12}{:>8}{:>11}{:>10}{:>9}{:>9}{:>10}{:>9}".format
+    guesses = f"random guess {r['baselines']['random_guess']:.3f}, majority {r['baselines']['majority']:.3f}"
+    examples = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples"
+    lines = [f"\n{args.model} on {args.task} ({examples}): {r['metric']}; {guesses}"]
+    names = ("method", "tuned", "of all", "positions", "lr", "best step", r["metric"], "seconds", "ms/step", "tokens/s", "peak MB")
+    lines.append(row(*names))
     for args, r in results:
-        positions = f"{args.mask} {args.mask_seed}" if args.mask else ""
-        cells = ["loaded" if args.load else args.method, r["tuned_params"], r["density"], positions, r["lr"]]
-        cells += [r["best"] and r["best"]["step"], r["score"], r["seconds"]["all"], r["step_ms"], r["tokens_per_s"]]
-        cells.append(r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6)
-        rows.append(["" if x is None else format(x, form) for x, form in zip(cells, COLUMNS.values(), strict=True)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    forms = [f"{form[0]}{width}" for form, width in zip(COLUMNS.values(), widths, strict=True)]
-    lines = ["  ".join(map(format, row, forms)) for row in rows]
-    lines += [f"result  {os.path.join(args.out, args.name)}.json", *([f"delta   {r['delta']}"] if "delta" in r else [])]
-    return "\n".join([f"\n{args.model} on {args.task} ({examples}): {r['metric']}; {guesses}", *lines])
-
-
-def reset_peak_memory(device: str) -> None:
-    for i in range(torch.cuda.device_count()) if device != "cpu" else ():
-        torch.cuda.reset_peak_memory_stats(i)
-    with contextlib.suppress(OSError):  # Linux: the process's own peak starts anew
-        Path("/proc/self/clear_refs").write_text("5")
+        best, peak = r["best"] and r["best"]["step"], r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6
+        numbers = (r["lr"], best, r["score"], r["seconds"]["all"], r["step_ms"], r["tokens_per_s"], peak)
+        forms = (".2g", "", ".3f", ".1f", ".1f", ",.0f", ",.0f")
+        said = ("" if x is None else format(x, form) for x, form in zip(numbers, forms, strict=True))
+        what = ("loaded" if args.load else args.method, f"{r['tuned_params']:,}", f"{r['density']:.3%}")
+        lines.append(row(*what, f"{args.mask} {args.mask_seed}" if args.mask else "", *said))
+    delta = [f"delta   {r['delta']}"] if "delta" in r else []
+    return "\n".join([*lines, f"result  {os.path.join(args.out, args.name)}.json", *delta])
 
 
 def peak_memory(device: str) -> int | None:
-    """Bytes since `reset_peak_memory`, over all GPUs; on a CPU, of the process, where the system is Linux."""
+    """Bytes of a run on all GPUs; on a CPU, of the process since it began, where the system is Linux."""
     if device != "cpu":
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     status = Path("/proc/self/status")
@@ -2092,12 +1856,8 @@ def check_folders(args: argparse.Namespace) -> None:
     """What would fail after hours of training is known now: a folder that can't be made or written, a name too long."""
     first = os.path.join(args.out, f"{runs(args)[0].name}.safetensors")
     for file in filter(None, (first, args.export and os.path.join(args.export, "model.safetensors"), args.save)):
-        try:
-            if file != args.save:
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-        except OSError as e:
-            raise UserError(f"can't make the folder {os.path.dirname(file)}: {e.strerror}") from None
-        write_file(f"{file}.check", lambda temporary: Path(temporary).touch())
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+        write_file(f"{file}.check", lambda temporary: None)
         Path(f"{file}.check").unlink(missing_ok=True)  # another process of the same command may have been faster
 
 
@@ -2105,44 +1865,32 @@ def sweep(args: argparse.Namespace) -> None:
     """Every run that the arguments ask for. Raises UserError, KeyboardInterrupt."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # now, as it may be edited while it runs
     from_rank_0(lambda: check_folders(args))
-    data = load_task(args)
-
-    def look_up(revision: str) -> tuple[list[argparse.Namespace], list[dict | None]]:
-        todo = runs(args, data.about["revision"], revision)
-        return todo, from_rank_0(lambda: [read_result(own) for own in todo])
-
-    revision = from_rank_0(lambda: model_revision(args.model))
-    todo, done = look_up(revision)
+    data, failed = load_task(args), []
+    todo = runs(args, data.about["revision"], from_rank_0(lambda: model_revision(args.model)))
+    done = from_rank_0(lambda: [read_result(own) for own in todo])
     if None in done:
         say(f"loading {args.model}")
         model, tokenizer, facts = load_model(args, data.words)
-        if (loaded := from_rank_0(lambda: facts["revision"])) != revision:  # the hub had a newer one than the cache
-            todo, done = look_up(loaded)
-        for name, n in data.about.get("rows without text or label, dropped", {}).items():
-            say(f"{args.task}: {n:,} rows of {name} have no text or no label (-1 means none) and are left out")
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
         for budget in args.budget if "apet" in args.method and not args.load else ():
             parse_budget(budget, base_of(model))  # a wrong one is known before the first run
-        if args.gradient_checkpointing:
-            checkpoint(model)
-    failed = []
-    for i, own in enumerate(todo):
-        if done[i] is None:
-            title = f"[{i + 1}/{len(todo)}] {own.label}"
-            if len(todo) > 1:
-                say(title)
-            try:
-                done[i] = run_in_memory(Run(model, coder, data, facts, own, code), todo)
-            except UserError as e:
-                if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
-                    raise
-                say(f"{title} failed: {e}")
-                failed.append(own.label)
+    for i in (i for i, result in enumerate(done) if result is None):
+        title = f"[{i + 1}/{len(todo)}] {todo[i].label}"
+        if len(todo) > 1:
+            say(title)
+        try:
+            with contextlib.ExitStack() as undo:  # leaves the model as it was
+                done[i] = run_one(Run(model, coder, data, facts, todo[i], code), undo)
+        except UserError as e:
+            if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
+                raise
+            say(f"{title} failed: {e}")
+            failed.append(todo[i].label)
     results = [(own, result) for own, result in zip(todo, done, strict=True) if result]
     try:
         if results and ranks()[0] == 0:
             print(table(results), flush=True)
-    except (OSError, ValueError) as e:
+    except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries, and complains, once more when it ends
         raise UserError(f"can't print the table ({e}); the results are written, in {args.out}") from None
     if failed:
@@ -2150,7 +1898,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. 0: all went well; 2: the person can put it right; 128 + signal: interrupted; 1: what nobody foresaw."""
+    """The command. 0: all went well; 2: the person can put it right; 130: interrupted; 1: what nobody foresaw."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
@@ -2159,20 +1907,17 @@ def main(argv: list[str] | None = None) -> int:
         if ranks()[1] > 1:
             torch.distributed.destroy_process_group()
         return 0
-    except UserError as e:
-        say(f"apet: error: {e}", each_rank=True)
-        return 2
-    except KeyboardInterrupt as e:
-        number, step = e.args or (signal.SIGINT, None)
-        say("apet: interrupted" + f" after step {step}; the same command continues there" * bool(step), each_rank=True)
-        return 128 + number
+    except KeyboardInterrupt:
+        say("apet: interrupted; the same command continues", each_rank=True)
+        return 130
     except Exception as e:
         if os.environ.get("APET_DEBUG") == "1":
             raise
-        place = [f.name for f in traceback.extract_tb(e.__traceback__) if f.filename == __file__ and f.name[0] != "<"][-1]
-        words = " ".join(str(e).split())[:500]
-        say(f"apet: error in {place}: {type(e).__name__}: {words} (APET_DEBUG=1 shows the traceback)", each_rank=True)
-        return 1
+        words, known = " ".join(str(e).split())[:500], isinstance(e, (UserError, OSError))  # of a disk, a name, a folder
+        if isinstance(e, torch.OutOfMemoryError):
+            words, known = "out of GPU memory: --gradient-checkpointing, --grad-accum 4 or --eval-batch-size 16 need less", True
+        say(f"apet: error: {words if known else f'{type(e).__name__}: {words} (APET_DEBUG=1: more)'}", each_rank=True)
+        return 2 if known else 1
 
 
 if __name__ == "__main__":

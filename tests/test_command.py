@@ -1,7 +1,9 @@
 """The command line, run for real on the toy family: results, sweeps, interruption, wrong input, several processes."""
 
+import contextlib
 import csv
 import errno
+import functools
 import importlib.metadata
 import json
 import math
@@ -188,7 +190,7 @@ def test_rows_without_a_label_are_no_class(tmp_path):
         assert result["data"]["rows without text or label, dropped"] == {"train": 30}
 
 
-@pytest.mark.parametrize("method", ["apet", "lora"])
+@pytest.mark.parametrize("method", ["apet", "full"])
 def test_the_exported_checkpoint_is_a_plain_hugging_face_model_with_the_same_score(tmp_path, method):
     argv = ["--method", method, "--budget", "1e4", "--lr", "0.03", "--eval-size", "200"]
     run(*argv, "--export", tmp_path / "model", "--save", tmp_path / "my.safetensors", out=tmp_path / "a")
@@ -247,7 +249,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, method, how):
         time.sleep(0.02)
     process.send_signal(how)
     error = process.communicate()[1]
-    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how), error
+    assert process.returncode == -how, error
     assert not list(states.glob("*.json")) and len(list(states.glob("*.state"))) == 1
     again = subprocess.run(line, env=environment, capture_output=True, text=True, check=True, preexec_fn=fork)
     assert "continuing at step" in again.stderr
@@ -340,8 +342,7 @@ def test_several_processes_train_as_one_with_the_same_global_batch(tmp_path, pro
     assert (a["values"] - b["values"]).abs().gt(1e-4).float().mean() < 0.02
 
 
-def test_a_signal_to_one_of_several_processes_stops_all_at_one_step_and_they_continue(tmp_path):
-    """torchrun, too, signals its processes one after the other."""
+def test_a_signal_to_one_of_several_processes_ends_all_and_they_continue(tmp_path):
     argv = [*SMALL, "--budget", "1e3", "--steps", "40", "--eval-every", "5"]
     run(*argv, out=tmp_path / "one")
     line, environment = torchrun(2, *argv, "--out", tmp_path / "two")
@@ -351,29 +352,42 @@ def test_a_signal_to_one_of_several_processes_stops_all_at_one_step_and_they_con
     ranks = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     os.kill(int(ranks[1]), signal.SIGTERM)
     assert first.wait(60) != 0 and not list(tmp_path.glob("two/*.json"))
-    steps = re.findall(r"interrupted after step (\d+)", first.stderr.read())
     (state,) = tmp_path.glob("two/*.state")
-    assert steps == [str(torch.load(state, weights_only=True)["record"]["step"])] * 2
+    step = torch.load(state, weights_only=True)["record"]["step"]
     again = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
-    assert f"continuing at step {steps[0]}" in again.stderr
+    assert again.stderr.count(f"continuing at step {step}") == 1
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
     assert two["loss_curve"] == pytest.approx(one["loss_curve"], rel=1e-2)  # one process adds in another order
     assert [e["step"] for e in two["eval_curve"]] == [e["step"] for e in one["eval_curve"]]
 
 
 def interrupt(monkeypatch, step, *argv, out):
-    """The command, interrupted after a step."""
-    calls = []
+    """The command, interrupted before a step."""
+    original = apet.train_step
+
+    def until(run, tuned, optimizer, record):
+        if record["step"] == step:
+            raise KeyboardInterrupt
+        return original(run, tuned, optimizer, record)
+
     with monkeypatch.context() as patch:
-        patch.setattr(apet, "on_any_rank", lambda flag: calls.append(flag) or len(calls) == step)
-        assert apet.main([*SMALL, *map(str, argv), "--out", str(out)]) == 128 + signal.SIGTERM
+        patch.setattr(apet, "train_step", until)
+        assert apet.main([*SMALL, *map(str, argv), "--out", str(out)]) == 130
     (state,) = out.glob("*.state")
     return state
 
 
+def test_the_state_is_saved_between_evaluations_too(tmp_path, monkeypatch):
+    """Once a minute: here, a minute is a step."""
+    clock = iter(range(0, 100_000, 61))
+    monkeypatch.setattr(apet.time, "monotonic", lambda: next(clock))
+    file = interrupt(monkeypatch, 1, "--budget", "100", out=tmp_path)
+    assert torch.load(file, weights_only=True)["record"]["step"] == 1
+
+
 def test_processes_need_not_share_a_folder_rank_0_reads_and_writes_for_all(tmp_path, monkeypatch):
     run("--budget", "100", out=tmp_path / "0" / "here")
-    interrupt(monkeypatch, 4, "--budget", "200", out=tmp_path / "0" / "here")
+    interrupt(monkeypatch, 3, "--budget", "200", out=tmp_path / "0" / "here")
     run("--budget", "200", out=tmp_path / "one")
     (tmp_path / "1").mkdir()
     script = tmp_path / "on_its_own_disk.py"
@@ -383,7 +397,7 @@ def test_processes_need_not_share_a_folder_rank_0_reads_and_writes_for_all(tmp_p
     line, environment = torchrun(2, *SMALL, "--budget", "100,200", "--out", "here")
     line[line.index(str(ROOT / "apet.py"))] = str(script)
     done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr.count("continuing at step 4") == 1, done.stderr
+    assert done.returncode == 0 and done.stderr.count("continuing at step 3") == 1, done.stderr
     assert "[1/2]" not in done.stderr and not list((tmp_path / "1").iterdir())
     (one,), two = results(tmp_path / "one").values(), results(tmp_path / "0/here")
     assert {r["tuned_params"]: r["processes"] for r in two.values()} == {100: 1, 200: 2}
@@ -543,7 +557,8 @@ def test_full_fine_tuning_of_half_precision_weights_keeps_fp32_copies():
     model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
-    masters, write, undo = apet.tune_whole(dict(model.named_parameters()))
+    undo = contextlib.ExitStack()
+    masters, write = apet.tune_whole(dict(model.named_parameters()), undo)
     optimizer = torch.optim.SGD(masters.values(), lr=1e-4)
     for _ in range(100):
         model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
@@ -551,7 +566,7 @@ def test_full_fine_tuning_of_half_precision_weights_keeps_fp32_copies():
         optimizer.zero_grad()
         write()
     assert masters["weight"].item() == pytest.approx(0.99, abs=1e-5) and model.weight.item() < 1
-    undo()
+    undo.close()
     assert model.weight.item() == 1.0 and model.weight.grad is None
 
 
@@ -560,7 +575,7 @@ WRONG = {
     "mask": (["--mask", "rnd"], "unknown mask 'rnd': did you mean 'random'"),
     "where": (["--where", "atention"], "names no parameter"),
     "task": (["--task", "toy-sentimant"], "did you mean 'toy-sentiment'"),
-    "model": (["--model", "toy-tinny"], "did you mean toy-tiny"),
+    "model": (["--model", "toy-tinny"], "did you mean 'toy-tiny'"),
     "model path": (["--model", "../nothing/here"], "unknown model"),
     "model cache": (["--model", "some-one/some-thing"], "can't be reached; work offline with local files"),
     "budget 0": (["--budget", "0"], "whole number from 1"),
@@ -568,21 +583,20 @@ WRONG = {
     "budget word": (["--budget", "many"], "must be a number such as"),
     "budget large": (["--budget", "1e9"], "above the"),
     "second budget": (["--budget", "1e2,1e9"], "above the"),
-    "budget list": (["--budget", "1e2,,1e3"], "empty entry"),
-    "lr": (["--lr", "0"], "--lr: it must be a number above 0"),
-    "lr word": (["--lr", "fast"], "--lr: it must be a number above 0"),
+    "budget list": (["--budget", "1e2,,1e3"], "'' is empty"),
+    "lr": (["--lr", "0"], "--lr: it must be a number from 1e-12"),
+    "lr word": (["--lr", "fast"], "--lr: it must be a number from 1e-12"),
     "seed": (["--seed", "-1"], "it must be a whole number from 0"),
-    "seed word": (["--seed", "x"], "it must be a whole number from 0 to 999999999"),
+    "seed word": (["--seed", "x"], "it must be a whole number from 0 to 1,000,000,000"),
     "steps": (["--steps", "0"], "--steps: it must be a whole number from 1"),
     "steps half": (["--steps", "1.5"], "--steps: it must be a whole number from 1"),
     "batch": (["--batch-size", "none"], "--batch-size: it must be a whole number from 1"),
-    "accumulation": (["--grad-accum", "99"], "above --batch-size"),
     "dropout": (["--dropout", "1.5"], "--dropout: it must be"),
     "device": (["--device", "cuda:77"], "can't be used"),
     "device word": (["--device", "gpu"], "can't be used"),
-    "device kind": (["--device", "meta"], "can't be used: cpu and cuda can"),
-    "export nowhere": (["--export", "{tmp}/text.jsonl/model"], "can't make the folder {tmp}/text.jsonl/model: Not a directory"),
-    "export bitfit": (["--method", "bitfit", "--export", "{tmp}/model"], "no place for the new biases"),
+    "device kind": (["--device", "meta"], "can't be used: cpu, cuda and cuda:1 can"),
+    "export nowhere": (["--export", "{tmp}/text.jsonl/model"], "Not a directory: '{tmp}/text.jsonl/model'"),
+    "export bitfit": (["--method", "bitfit", "--export", "{tmp}/model"], "no place for bitfit"),
     "flag": (["--bugdet", "3"], "unrecognized arguments: --bugdet 3"),
     "save": (["--budget", "1,2", "--save", "x"], "want one run, not a sweep of 2"),
     "read-only out": (["--out", "/proc/self"], "can't write /proc/self/"),
@@ -592,15 +606,15 @@ WRONG = {
     "load other": (["--load", str(TOY / "models/tiny/model.safetensors")], "is no delta of apet.py"),
     "column": (["--task", "{tmp}/text.jsonl", "--text-fields", "sentence"], "no column 'sentence'; there are text, label"),
     "label column": (["--task", "{tmp}/text.jsonl", "--label-field", "y"], "no column 'y'"),
-    "empty": (["--task", "{tmp}/empty.jsonl"], "is empty: the split train has no rows"),
+    "empty": (["--task", "{tmp}/empty.jsonl"], "it must hold rows"),
     "broken": (["--task", "{tmp}/broken.jsonl"], "can't read"),
     "array": (["--task", "{tmp}/array.jsonl"], "named columns"),
     "encoding": (["--task", "{tmp}/latin.jsonl"], "can't read"),
-    "type": (["--task", "{tmp}/text.pdf"], "must be a folder or a file of type"),
-    "folder": (["--task", "{tmp}/folder"], "holds no train, validation or test file"),
+    "type": (["--task", "{tmp}/text.pdf"], "must be a file of type"),
+    "folder": (["--task", "{tmp}/folder"], "or a folder with train, validation and test"),
     "few": (["--task", "{tmp}/few.jsonl"], "too few to hold some out"),
     "foreign label": (["--task", "{tmp}/foreign"], "row 1: the label 'sad' is none of bad, good"),
-    "budget empty": (["--budget", ""], "--budget: empty entry"),
+    "budget empty": (["--budget", ""], "--budget: '' is empty"),
     "budget nan": (["--budget", "nan"], "whole number from 1"),
     "budget infinite": (["--budget", "1e400"], "whole number from 1"),
     "budget fraction": (["--budget", "1e-3"], "whole number from 1"),
@@ -610,24 +624,24 @@ WRONG = {
     "budget method": (["--budget", "full"], "must be a number such as"),
     "budget space": (["--budget", "1 000"], "must be a number such as"),
     "where regex": (["--where", "("], "no regular expression"),
-    "where empty": (["--where", ""], "--where: it is empty"),
+    "where empty": (["--where", ""], "--where: '' is empty"),
     "where layers": (["--where", "layers:77"], "names no parameter"),
     "insert": (["--insert", "full"], "unknown method to insert 'full'"),
-    "lr nan": (["--lr", "nan"], "--lr: it must be a number above 0"),
-    "seed list": (["--mask-seed", "0,,1"], "--mask-seed: empty entry"),
-    "seed large": (["--seed", "1e12"], "it must be a whole number from 0 to 999999999"),
+    "lr nan": (["--lr", "nan"], "--lr: it must be a number from 1e-12"),
+    "seed list": (["--mask-seed", "0,,1"], "--mask-seed: it must be a whole number from 0 to 1,000,000,000, not ''"),
+    "seed large": (["--seed", "1e12"], "it must be a whole number from 0 to 1,000,000,000"),
     "evaluation": (["--eval-every", "0"], "--eval-every: it must be a whole number from 1"),
     "train size": (["--train-size", "0"], "--train-size: it must be a whole number from 1"),
     "eval size": (["--eval-size", "many"], "--eval-size: it must be a whole number from 1"),
-    "source length": (["--max-source-length", "4"], "--max-source-length must be at least 8"),
-    "target length": (["--max-target-length", "1"], "--max-target-length at least 2"),
+    "source length": (["--max-source-length", "4"], "--max-source-length: it must be a whole number from 8"),
+    "target length": (["--max-target-length", "1"], "--max-target-length: it must be a whole number from 2"),
     "dtype": (["--dtype", "int8"], "invalid choice: 'int8'"),
     "device map": (["--device-map", "nonsense"], "found nonsense"),
     "argument": (["more"], "unrecognized arguments: more"),
-    "task empty": (["--task", ""], "--task: it is empty"),
+    "task empty": (["--task", ""], "--task: '' is empty"),
     "task gone": (["--task", "{tmp}/gone.jsonl"], "unknown task"),
     "task trick": (["--task", "toy-sentiment/../../x"], "unknown task"),
-    "model empty": (["--model", ""], "--model: it is empty"),
+    "model empty": (["--model", ""], "--model: '' is empty"),
     "model file": (["--model", "{tmp}/text.jsonl"], "unknown model"),
     "model folder": (["--model", "{tmp}/folder"], "can't load the model"),
     "model pickle": (["--model", "{tmp}/pickled"], "can't load the model"),
@@ -639,25 +653,25 @@ WRONG = {
     "zeros": (["--task", "{tmp}/zeros.jsonl"], "can't read"),
     "utf-16": (["--task", "{tmp}/utf16.jsonl"], "can't read"),
     "parquet": (["--task", "{tmp}/text.parquet"], "can't read"),
-    "no header": (["--task", "{tmp}/headless.csv"], "which column is the label? --label-field NAME; there are a, good"),
+    "no header": (["--task", "{tmp}/headless.csv"], "has no column 'text'; there are a, good"),
     "blank": (["--task", "{tmp}/blank.jsonl"], "0 training examples are too few"),
     "one label": (["--task", "{tmp}/one.jsonl"], "holds one value only ('bad')"),
     "foreign number": (["--task", "{tmp}/stars"], "row 1: the label '0' is none of 1, 2"),
-    "ragged": (["--task", "{tmp}/ragged.csv", "--label-field", "y"], "row 1 has more cells than the header"),
-    "cut off": (["--task", "{tmp}/cut.csv"], "row 3 has fewer cells than the header"),
+    "ragged": (["--task", "{tmp}/ragged.csv", "--label-field", "y"], "row 1 has 3 cells, the header 2"),
+    "cut off": (["--task", "{tmp}/cut.csv"], "row 3 has 1 cells, the header 2"),
     "label between": (["--task", "{tmp}/between"], "row 1: the label '0.5' is none of bad, good"),
-    "save nowhere": (["--save", "{tmp}/none/x.safetensors"], "can't write {tmp}/none/x.safetensors"),
+    "save nowhere": (["--save", "{tmp}/text.jsonl/x"], "File exists: '{tmp}/text.jsonl'"),
     "save folder": (["--save", "{tmp}"], "is no file; name a new one"),
-    "export file": (["--export", "{tmp}/text.jsonl"], "can't make the folder {tmp}/text.jsonl: "),
+    "export file": (["--export", "{tmp}/text.jsonl"], "File exists: '{tmp}/text.jsonl'"),
     "export adapter": (["--method", "adapter", "--export", "{tmp}/model"], "no place for adapter"),
     "broken result": (["--method", "none", "--out", "{tmp}/old"], "is no result of apet.py, or a broken one"),
-    "out": (["--out", "{tmp}/text.jsonl/x"], "can't make the folder"),
+    "out": (["--out", "{tmp}/text.jsonl/x"], "Not a directory: '{tmp}/text.jsonl/x'"),
     "dtype without a scaler": (["--dtype", "fp16"], "invalid choice: 'fp16'"),
     **{
         f"{flag} empty": ([f"--{flag}", ""], f"--{flag}: ")
         for flag in ("steps", "load", "save", "export", "insert", "out", "device")
     },
-    "target length large": (["--max-target-length", "1e15"], "a whole number from 1 to 100,000, not '1e15'"),
+    "target length large": (["--max-target-length", "1e15"], "a whole number from 2 to 100,000, not '1e15'"),
     "batch large": (["--batch-size", "1e8"], "a whole number from 1 to 100,000, not '1e8'"),
     "nothing to save": (["--method", "none", "--save", "{tmp}/x"], "trains nothing here, so there is no delta to save"),
     "inserted by none": (["--insert", "lora", "--method", "full"], "--insert goes with --method apet"),
@@ -666,8 +680,8 @@ WRONG = {
     "save long": (["--save", "{tmp}/" + "x" * 252], "File name too long"),
     "save long in bytes": (["--save", "{tmp}/" + "ä" * 130], "File name too long"),
     "export long": (["--export", "{tmp}/" + "x" * 256], "File name too long"),
-    "export read-only": (["--export", "/proc/self/model"], "can't make the folder /proc/self/model"),
-    "not utf-8": (["--task", "{tmp}/\udcff.jsonl"], "is not UTF-8: rename it"),
+    "export read-only": (["--export", "/proc/self/model"], "No such file or directory: '/proc/self/model'"),
+    "not utf-8": (["--task", "{tmp}/\udcff.jsonl"], "is empty or not UTF-8: leave the flag out, or rename it"),
 }
 
 
@@ -742,7 +756,7 @@ def test_a_run_that_fails_does_not_stop_the_others_of_its_sweep_and_is_not_hidde
     argv = [*SMALL, "--method", "full,none", "--lr", "1e30", "--out", str(tmp_path)]
     assert apet.main(argv) == 2
     said = capsys.readouterr()
-    assert "full failed: the loss is" in said.err and "1 of 2 runs failed" in said.err.splitlines()[-1]
+    assert "full s0 failed: the loss is" in said.err and "1 of 2 runs failed" in said.err.splitlines()[-1]
     assert only(tmp_path)["arguments"]["method"] == "none" and "none" in said.out
 
 
@@ -794,13 +808,8 @@ def test_a_loss_that_is_not_finite_is_found_at_the_next_look_and_never_saved(tmp
 
 
 SPOILT = {
-    "no optimizer": lambda s: s | {"tensors": {n: t for n, t in s["tensors"].items() if not n.endswith("exp_avg")}},
-    "other type": lambda s: s | {"tensors": s["tensors"] | {"values": s["tensors"]["values"].double()}},
-    "other shape": lambda s: s | {"tensors": s["tensors"] | {"values": s["tensors"]["values"][1:]}},
     "other code": lambda s: s | {"key": s["key"][:-1] + "x"},
-    "no record": lambda s: s | {"record": {}},
-    "record of text": lambda s: s | {"record": s["record"] | {"step": "3"}},
-    "no best": lambda s: s | {"best": {}},
+    "other arguments": lambda s: s | {"key": "x" + s["key"]},
     "a list": lambda s: [s],
 }
 
@@ -826,26 +835,10 @@ def test_a_state_that_is_not_whole_or_of_another_run_is_one_line_and_the_run_sta
 
 def test_a_state_is_written_without_a_copy_of_it_in_memory(tmp_path):
     state = {"tensors": {str(i): torch.ones(5_000_000) for i in range(6)}}  # 120 MB
-    apet.reset_peak_memory("cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the process's peak starts anew
     before = apet.peak_memory("cpu")
-    apet.save_state(str(tmp_path / "state"), state)
+    apet.write_file(tmp_path / "state", functools.partial(torch.save, state))
     assert apet.peak_memory("cpu") - before < 60e6 and (tmp_path / "state").stat().st_size > 120e6
-
-
-def test_signals_that_end_a_process_are_noted_and_those_that_are_ignored_stay_ignored():
-    """nohup ignores SIGHUP; a shell, SIGINT of a job in the background."""
-    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with apet.catch_signals() as caught:
-            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
-                os.kill(os.getpid(), number)
-        assert caught == [signal.SIGTERM, signal.SIGINT] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with apet.catch_signals() as caught:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert caught == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, old)
 
 
 def a_state():
@@ -857,7 +850,7 @@ def a_state():
 @given(place=st.floats(0, 1, exclude_max=True), change=st.binary(min_size=1, max_size=8), cut=st.booleans(), junk=st.booleans())
 def test_whatever_a_state_file_holds_it_is_taken_whole_or_not_at_all(tmp_path_factory, place, change, cut, junk):
     file = tmp_path_factory.getbasetemp() / "fuzzed.state"
-    apet.save_state(str(file), a_state())
+    torch.save(a_state(), file)
     data = file.read_bytes()
     at = int(place * len(data))
     file.write_bytes(change if junk else data[:at] + change + (b"" if cut else data[at + len(change) :]))
@@ -919,39 +912,21 @@ def test_an_error_that_nobody_foresaw_is_one_line_that_says_what_failed_and_stat
     monkeypatch.setattr(apet, "load_task", broken)
     assert apet.main([*SMALL, "--out", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "apet: error in sweep: ZeroDivisionError: division by zero (APET_DEBUG=1 shows the traceback)"
+    assert line == "apet: error: ZeroDivisionError: division by zero (APET_DEBUG=1: more)"
     monkeypatch.setenv("APET_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         apet.main([*SMALL, "--out", str(tmp_path)])
 
 
-def test_memory_that_runs_out_is_met_with_checkpointing(tmp_path, monkeypatch):
-    original, calls = apet.loss_sum, []
-
-    def once(model, coder, batch):
-        calls.append(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, coder, batch)
-
-    run("--budget", "100", out=tmp_path / "a")
-    monkeypatch.setattr(apet, "loss_sum", once)
-    run("--budget", "100", out=tmp_path / "b")
-    assert calls[:2] == [False, False] and all(calls[2:]) and len(calls) == 2 + 6
-    assert only(tmp_path / "b")["loss_curve"] == pytest.approx(only(tmp_path / "a")["loss_curve"], rel=1e-4)
-    assert only(tmp_path / "b")["arguments"] == only(tmp_path / "a")["arguments"] | {
-        "gradient_checkpointing": True, "out": str(tmp_path / "b")
-    }  # fmt: skip
-
-
-def test_memory_that_runs_out_in_evaluation_is_not_answered_by_checkpointing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["train_step", "predict"])
+def test_memory_that_runs_out_is_one_line_that_names_the_flags(tmp_path, monkeypatch, capsys, where):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(apet, "predict", full)
+    monkeypatch.setattr(apet, where, full)
     assert apet.main([*SMALL, "--budget", "100", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert "out of memory in evaluation: lower --eval-batch-size (now 64)" in said and "once more" not in said
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(flag in said for flag in ("--gradient-checkpointing", "--grad-accum", "--eval-batch-size"))
 
 
 def test_peak_memory_is_that_of_all_devices_and_the_cpu_alone_opens_no_cuda_context(tmp_path, monkeypatch):
@@ -964,35 +939,26 @@ def test_peak_memory_is_that_of_all_devices_and_the_cpu_alone_opens_no_cuda_cont
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda i: 10**i)
     assert apet.peak_memory("cuda") == 111
-    reset = []
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    apet.reset_peak_memory("cuda")
-    assert reset == [0, 1, 2]
 
 
-LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500", "MASTER_ADDR": "localhost"}
+LAUNCHED = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
-    "argv, right",
-    [(["--device", "cuda"], "torchrun ... apet.py without --device"), (["--device-map", "auto"], "python apet.py --device-map")],
+    "argv",
+    [["--device", "cuda"], ["--device-map", "auto"]],
 )
-def test_several_processes_do_not_share_a_gpu_unawares(tmp_path, monkeypatch, capsys, argv, right):
+def test_several_processes_do_not_share_a_gpu_unawares(tmp_path, monkeypatch, capsys, argv):
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     assert apet.main([*SMALL, *argv, "--out", str(tmp_path)]) == 2
-    assert right in capsys.readouterr().err
+    assert "leave --device and --device-map out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
-def test_an_environment_that_is_not_torchrun_s_is_one_line_or_one_process(tmp_path, monkeypatch, capsys, name):
-    for key, value in (LAUNCHED | {name: "many"}).items():
-        monkeypatch.setenv(key, value)
-    assert apet.main([*SMALL, "--out", str(tmp_path)]) == 2
-    assert "must be numbers, as torchrun sets them" in capsys.readouterr().err
-    for key in LAUNCHED:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv(name, "2")  # SLURM's
+@pytest.mark.parametrize("value", ["many", "2"])
+def test_an_environment_that_is_not_torchrun_s_is_one_process(tmp_path, monkeypatch, value):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, value)  # SLURM sets such
     run("--budget", "10", out=tmp_path)
     assert only(tmp_path)["processes"] == 1
 

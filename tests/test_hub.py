@@ -368,7 +368,7 @@ def test_each_method_gives_alone_what_it_gives_in_a_sweep_and_its_delta_gives_it
 @pytest.mark.parametrize("model, methods, lr", [(T5, "lora,adapter,apet", 0.1), (BLOOM, "prompt,adapter,apet", 0.05)])
 def test_a_tuned_model_writes_text_and_its_delta_writes_the_same(world, model, methods, lr):
     task = one_sided(world.made / f"{model}-write", "answer", ["movie", "film"], ["book"])
-    base = ["--model", model, "--task", task, *TUNE, "--lr", lr, "--dropout", "0"]
+    base = ["--model", model, "--task", task, "--label-field", "answer", *TUNE, "--lr", lr, "--dropout", "0"]
     (sweep,) = world.run([*base, "--method", methods])
     assert sweep.status == 0, sweep.error
     methods = methods.split(",")
@@ -458,7 +458,7 @@ def test_label_scores_and_loss_of_a_causal_model_are_those_of_the_target_alone_w
     targets = ["the book", "boring", "no", "a very long story of the movie"]  # of different lengths, one is cut
     batch = coder.batch(sources, [coder.written(t) for t in targets], "cpu")
     with torch.no_grad():
-        loss = apet.loss_sum(model, coder, batch).item()
+        loss = -apet.token_logp(model, coder, batch).sum().item()
     cut = [tokenizer.decode(coder.written(t)[:-1]).strip() for t in targets]
     assert loss == pytest.approx(-sum(by_hand(model, tokenizer, q, t) for q, t in zip(QUESTIONS, cut, strict=True)), abs=1e-3)
 
@@ -499,7 +499,7 @@ def test_with_a_soft_prompt_a_batch_gives_what_its_rows_give_alone(world, name):
         data = apet.Data("t", (), "squad", examples, [], examples, {})
         assert apet.predict(model, coder, data, examples, 4, "cpu") == apet.predict(model, coder, data, examples, 1, "cpu")
         model.eval()  # predict leaves it in training mode
-    apet.remove_inserted(apet.base_of(model))
+    apet.base_of(model).inserted.undo()
     assert torch.equal(apet.label_scores(model, coder, sources, words, "cpu"), before)
 
 
@@ -515,7 +515,7 @@ def test_bert_reads_two_texts_as_two_segments_whatever_the_padding(world):
 # A hub that is not as it should be ------------------------------------------------------------------------------------
 
 OF_MODEL = ["--model", "t5-large", *SMALL]
-OF_DATA = ["--model", T5, "--task", "someone/reviews:long", "--label-field", "stars", *SMALL]
+OF_DATA = ["--model", T5, "--task", "someone/reviews:long", "--text-fields", "body", "--label-field", "stars", *SMALL]
 
 
 @pytest.mark.parametrize("mode, seconds", [("down", 5), ("silent", 5), ("deaf", 5), ("error", 5), ("cut", 20)])

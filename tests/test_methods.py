@@ -1,5 +1,6 @@
 """LoRA, Adapter, Prompt and BitFit: against peft where it has the method, against hand-made models where not."""
 
+import contextlib
 import copy
 import re
 from collections import Counter
@@ -23,7 +24,6 @@ from apet import (
     method_layers,
     method_parameters,
     own_biases,
-    remove_inserted,
     set_dropout,
 )
 
@@ -56,7 +56,7 @@ def test_new_weights_have_no_effect_at_first_and_all_get_a_gradient(name, method
     perturb(params)
     model(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in params.items() if "key" not in n)
-    remove_inserted(model)
+    model.inserted.undo()
     with torch.no_grad():
         assert torch.equal(before, model(**batch).loss)
     assert not any("inserted" in n for n in model.state_dict())
@@ -130,7 +130,7 @@ def test_lora_and_adapter_find_the_layers_of_each_family_and_those_alone(name):
         loss = model(**batch).loss
         loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in params.values()) and loss != before
-        remove_inserted(core)
+        core.inserted.undo()
     params = new_parameters(core, "prompt")
     if kind == "CausalLM":
         del batch["labels"]  # one for each token of the longer text would be wanted
@@ -320,9 +320,9 @@ def test_each_method_gets_its_dropout_the_new_weights_too():
     for method, expected in (("lora", 0.1), ("adapter", 0.1), ("full", 0.1), ("apet", 0.0)):
         args = apet.check_args(apet.parser().parse_args(["--model", "some/where", "--method", method, "--budget", "10"]))
         args.budget, args.mask, args.mask_seed, args.method = "10", "random", 0, method
-        tuned = apet.prepare(model, args)
-        rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} | {
-            model.encoder.block[0].layer[0].SelfAttention.dropout
-        }
-        assert rates == {expected}
-        tuned.undo()
+        with contextlib.ExitStack() as undo:
+            apet.prepare(model, args, undo)
+            rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)} | {
+                model.encoder.block[0].layer[0].SelfAttention.dropout
+            }
+            assert rates == {expected}

@@ -99,24 +99,24 @@ def test_one_number_is_one_label_however_it_is_written(tmp_path):
     assert {e.source: e.label for e in everything(data)} == expected
 
 
-def test_a_column_is_text_if_most_rows_hold_text_whatever_the_first_holds(tmp_path):
+def test_columns_are_those_named_whatever_the_first_row_holds(tmp_path):
     rows = [{"title": f"title {i}", "text": f"text {i}", "label": "xy"[i % 2]} for i in range(40)]
     rows[0]["text"] = None
     del rows[1]["title"]
     rows[7]["note"] = "seldom there, so no row is dropped for the lack of it"
     (tmp_path / "a.jsonl").write_text(lines(rows))
-    data = load(tmp_path / "a.jsonl")
+    data = load(tmp_path / "a.jsonl", text_fields="title,text")
     assert data.about["rows without text or label, dropped"] == {"train": 2}
     assert all(e.source.startswith("title: title ") and " text: text " in e.source for e in everything(data))
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text,label,text\n" + "one,good,two\nthree,bad,four\n" * 20)
-    refused(tmp_path / "a.csv", "two columns are named 'text'")
+    refused(tmp_path / "a.csv", "none twice; not text, label, text")
     pa = pytest.importorskip("pyarrow")
     __import__("pyarrow.parquet")
     pa.parquet.write_table(pa.table([["a"] * 20, ["b"] * 20, ["x", "y"] * 10], names=["t", "t", "label"]), tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", "two columns are named 't'")
+    refused(tmp_path / "a.parquet", "none twice; not t, t, label")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -135,15 +135,8 @@ def test_a_column_with_a_word_in_it_holds_no_real_numbers(tmp_path):
 
 def test_a_pipe_or_a_device_is_no_data_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    refused(tmp_path / "pipe.jsonl", "not a pipe or a device")
-    refused("/dev/zero", "not a pipe or a device")
-
-
-def test_a_name_that_is_not_utf_8_is_known_before_training(tmp_path):
-    name = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
-    with open(name, "w") as f:
-        f.write(lines(rows_with(["good", "bad"])))
-    refused(os.fsdecode(name), "the name of the data must be text that UTF-8 can hold")
+    refused(tmp_path / "pipe.jsonl", "must be a file of type")
+    refused("/dev/zero", "must be a file of type")
 
 
 @pytest.mark.parametrize("column", ["text", "label"])
@@ -159,16 +152,16 @@ def test_half_a_surrogate_pair_is_one_line(tmp_path, column):
 
 def test_a_column_name_with_half_a_surrogate_pair_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines([{"a": "x", "\ud83d": f"text {i}", "label": i % 2} for i in range(40)]))
-    refused(tmp_path / "a.jsonl", "a column's name must be text that UTF-8 can hold")
+    refused(tmp_path / "a.jsonl", "has no column 'text'; there are a, \ud83d, label")
 
 
 def test_a_csv_that_is_not_utf_8_or_has_semicolons_says_what_to_do(tmp_path):
     text = "text,label\n" + "caf\xe9,good\nbar,bad\n" * 20
     for encoding in ("latin-1", "utf-16"):
         (tmp_path / "a.csv").write_bytes(text.encode(encoding))
-        refused(tmp_path / "a.csv", "it is not UTF-8", "CSV UTF-8", "iconv")
+        refused(tmp_path / "a.csv", "it must be UTF-8", "CSV UTF-8", "iconv")
     (tmp_path / "b.csv").write_text("text;label\n" + "one, two;good\nthree;bad\n" * 20)
-    refused(tmp_path / "b.csv", "its only column is 'text;label'", "separated by commas", "sep=';'")
+    refused(tmp_path / "b.csv", "separated by commas", "not text;label")
 
 
 def test_an_open_quote_swallows_no_rows(tmp_path):
