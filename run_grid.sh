@@ -55,7 +55,7 @@ else
     sizes="toy-tiny:2 toy-small:3 toy-base:7 toy-large:16"
     all_tasks="toy-sentiment toy-inference toy-paraphrase toy-qa toy-summary"
     rows="full    .        - --method full --seed 0,1
-        methods   .        - --method adapter,lora,bitfit,prompt
+        methods   .        - --method none,adapter,lora,bitfit,prompt
         position  .        3 --budget lora,bitfit --mask random
         budget    .        2 --budget 1e1,1e2,1e3,adapter,prompt --mask random
         structure toy-base 1 --budget lora --mask row,column,block,tensor,magnitude,gradient"
@@ -81,7 +81,7 @@ for size in $sizes; do
         for word in $flags; do commas=${word//[^,]/} n=$((n * (${#commas} + 1))); done
         [[ $flags != *magnitude* ]] || n=$((n - count + 1)) # it has no seed
         name=$(sed -E 's/--method ([^ ]*).*/(\1)/; s/--budget (.*) --mask (.*) --mask-seed (.*)/apet-(\2)-(\1)-p(\3)/' <<<"$flags")
-        results+=("$cost ^$model-($(xargs <<<"$tasks" | tr ' ' '|'))-${name//,/|}-s[^-]*-[^-]*\.json$")
+        results+=("$cost ^$model-($(xargs <<<"$tasks" | tr ' ' '|'))-${name//,/|}(-s[^-]*)?-[^-]*\.json$")
         for task in $all_tasks; do
             [[ $tasks == *" $task "* && ! $model-$task =~ ^bert.*-(samsum|multi_news|nq_open)$ ]] || continue # an encoder can't
             commands+="$((n * cost)) $experiment-$model-$task python apet.py --model $model --task $task $flags$more"

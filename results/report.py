@@ -68,8 +68,10 @@ Made by results/report.py; do not edit.
   rows of the reported split; c(1-c) bounds the variance of any score in [0, 1].
 - High threshold: the smallest budget whose mean gets {100 * SHARE:g} % of what full fine-tuning gains over chance. Level
   with full: f less the sd over training seeds or √(h(1-h)/n), the larger; f is full fine-tuning's mean, h = (nf+2)/(n+4).
-- The mean is linear in log10(budget); full fine-tuning is the last point. `<=`: the smallest budget passes, and counts as the
-  threshold if no smaller one was measured on the model. `>` (the largest does not) and "at chance" are left out.
+- The mean is linear in log10(budget), from the untuned model (an encoder: its trained head alone), which stands at 1 scalar, to
+  full fine-tuning. Means of APET that fall are pooled (isotonic regression): else noise lets small models pass early. `<=`: the
+  smallest budget passes, and counts as the threshold if none smaller was measured on the model. `>` (the largest does not) and
+  "at chance" are left out.
 
 {{figures}}
 
@@ -122,6 +124,11 @@ class Group(NamedTuple):
         return family(self.model), self.task
 
     @property
+    def x(self) -> float:
+        """Where it stands on the axis of budgets: no tuned scalar (untuned, or the head alone) at 1."""
+        return math.log10(max(self.budget, 1))
+
+    @property
     def mean(self) -> float:
         return float(self.scores.mean())
 
@@ -142,7 +149,7 @@ class Group(NamedTuple):
     @property
     def column(self) -> str:
         """The group's name in the tables and figures of methods."""
-        return {"apet": f"APET, {self.label}", "none": "head alone"}.get(self.method, self.method)
+        return {"apet": f"APET, {self.label}", "none": self.label}.get(self.method, self.method)
 
 
 class Threshold(NamedTuple):
@@ -228,7 +235,8 @@ def flat(r: dict) -> dict:
     old = {"pool": "cls", "grad_accum": 1, "freeze_head": False}
     rest = {"rows": r["data"]["sizes"]["report"], "machine": r["device"], "rate": r.get("lr")}
     run = {**r, **r["baselines"], **old, **r["arguments"], **rest}
-    return run | {"trained": not run.get("load") and (run["method"] != "none" or run.get("head_trained"))}
+    untuned = run["method"] == "none" and not run.get("head_trained")  # shown where it has no head, which would be random
+    return run | {"untuned": untuned, "usable": not (run.get("load") or (untuned and run.get("head_params")))}
 
 
 def setting(run: dict, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -254,7 +262,7 @@ def choose(results: list[dict]) -> tuple[list[dict], list[str]]:
         why = f"not the task's usual setting ({', '.join(sorted(odd))})"
         return keep(runs, lambda r: setting(r, names) == most[r["task"]], why)
 
-    runs = keep(results, lambda r: r["trained"], "nothing was trained")
+    runs = keep(results, lambda r: r["usable"], "nothing was trained")
     runs = usual(keep(runs, lambda r: r["lr"] in ("auto", None), "an explicit learning rate"), SETTING)
     apet = usual([r for r in runs if r["method"] == "apet"], ("where", "insert"))
     runs = [r for r in runs if r["method"] != "apet"] + apet
@@ -277,6 +285,7 @@ def collect(runs: list[dict]) -> list[Group]:
         names = [str(r["budget"]) for r in rs]
         plain = not apet or any(re.fullmatch(r"[\d_.]+(e\+?\d+)?", x.lower()) for x in names)
         label = f"{key[-1]:,}" if plain else names[0]
+        label = label if key[3] != "none" else "untuned" if rs[0]["untuned"] else "head alone"
         about = [rs[0][x] for x in ("random_guess", "majority", "metric")]
         groups.append(Group(*key, label, scores, len(rs), min(r["rows"] for r in rs), *about))
     return sorted(groups, key=lambda g: (family(g.model), g.total, g.model, g.task, g.method, str(g.mask), g.budget))
@@ -315,7 +324,18 @@ def slopes(points: Iterable[tuple[object, object, float, float]]) -> dict[object
     return {unit: slope(lines) for unit, lines in by_unit(points).items()}
 
 
-def crossing(x: np.ndarray, means: np.ndarray, level: float) -> float:
+def rising(means: Iterable[float]) -> list[float]:
+    """Least squares among curves that never fall (isotonic regression): neighbours that fall are replaced by their mean."""
+    blocks = []
+    for mean in means:
+        blocks.append((float(mean), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (b, m), (a, n) = blocks.pop(), blocks.pop()
+            blocks.append(((a * n + b * m) / (n + m), n + m))
+    return [mean for mean, n in blocks for _ in range(n)]
+
+
+def crossing(x: np.ndarray, means: list[float], level: float) -> float:
     """The first x at which means, joined by lines, reach level; -inf if the first does, inf if none does."""
     i = next((i for i, m in enumerate(means) if m >= level - 1e-12), None)
     if not i:
@@ -334,29 +354,37 @@ def level(kind: str, first: Group, full: np.ndarray) -> float:
     return f - max(float(full.std(ddof=1)) if len(full) > 1 else 0, math.sqrt(h * (1 - h) / n))
 
 
-def threshold(apet: list[Group], full: Group | None, kind: str) -> Threshold:
-    """Where the mean score, linear in log10(budget), crosses the level of its kind; full fine-tuning is the last point."""
+def threshold(line: list[Group], full: Group | None, kind: str) -> Threshold:
+    """Where the rising curve of mean scores over log10(budget) crosses the level of its kind; full fine-tuning is the last point.
+
+    The first crossing of the means themselves comes the earlier, the noisier they are: on small models.
+    """
     if kind != "low" and (full is None or full.mean < full.above):
         return Threshold(math.nan, "no full run" if full is None else "full at chance")
-    curve = [*apet, *[full] * (full is not None)]
-    x = np.log10([g.budget for g in curve])
+    curve = [*line, *[full] * (full is not None)]
+    x = np.array([g.x for g in curve])
 
-    at, ends = crossing(x, np.array([g.mean for g in curve]), level(kind, curve[0], curve[-1].scores)), (math.nan, math.nan)
-    if all(len(g.scores) > 1 for g in apet):
+    def cross(means: np.ndarray, last: np.ndarray) -> float:
+        return crossing(x, rising(means[: len(line)]) + list(means[len(line) :]), level(kind, curve[0], last))
+
+    at, ends = cross(np.array([g.mean for g in curve]), curve[-1].scores), (math.nan, math.nan)
+    if all(len(g.scores) > 1 for g in line if g.method == "apet"):
         rng = np.random.default_rng(0)
         redrawn = [g.scores[rng.integers(0, len(g.scores), (BOOTSTRAP, len(g.scores)))] for g in curve]
-        means = np.stack([r.mean(1) for r in redrawn], 1)
-        draws = sorted(crossing(x, m, level(kind, curve[0], f)) for m, f in zip(means, redrawn[-1], strict=True))
+        draws = sorted(map(cross, np.stack([r.mean(1) for r in redrawn], 1), redrawn[-1]))
         ends = (float(10 ** np.clip(d, x[0], x[-1])) for d in (draws[BOOTSTRAP // 20], draws[-1 - BOOTSTRAP // 20]))
     mark = "" if math.isfinite(at) else ">" if at > 0 else "<="
     return Threshold(float(10 ** np.clip(at, x[0], x[-1])), mark, *ends)
 
 
 def thresholds(main: list[Group]) -> dict[tuple, Threshold]:
-    """By model, its parameters, task and kind."""
-    full = {g.case: g for g in main if g.method == "full"}
-    lines = {c: [g for g in main if g.case == c and g.method == "apet"] for c in unique(g.case for g in main)}
-    return {(*c, kind): threshold(line, full.get(c), kind) for c, line in lines.items() if line for kind in KINDS}
+    """By model, its parameters, task and kind; where APET was measured."""
+    full, lines = {g.case: g for g in main if g.method == "full"}, defaultdict(list)
+    for g in sorted(main, key=lambda g: g.budget):
+        if g.method in ("none", "apet"):
+            lines[g.case].append(g)
+    measured = [c for c in unique(g.case for g in main) if any(g.method == "apet" for g in lines[c])]
+    return {(*c, kind): threshold(lines[c], full.get(c), kind) for c in measured for kind in KINDS}
 
 
 def spreads(main: list[Group]) -> list[Group]:
@@ -374,7 +402,7 @@ def within_reach(main: list[Group]) -> list[Group]:
 def findings(main: list[Group], found: dict[tuple, Threshold]) -> list[tuple[str, str, str, str]]:
     """Rows of the table of findings: what, effect with its interval, cases, verdict."""
     at, methods = defaultdict(list), defaultdict(list)
-    least = {m: min(g.budget for g in main if g.model == m and g.method == "apet") for m, *_ in found}
+    least = {m: min(10**g.x for g in main if g.model == m and g.method in ("none", "apet")) for m, *_ in found}
     for (model, total, task, kind), t in found.items():
         if t.mark == "" or (t.mark == "<=" and t.value <= least[model]):
             at[kind].append(((family(model), task), "", total, t.value))
@@ -527,7 +555,7 @@ def about(runs: list[dict], notes: list[str]) -> list[str]:
 def report(runs: list[dict], groups: list[Group], found: dict, notes: list[str], figures: list[str]) -> str:
     main = [g for g in groups if g.mask in (None, "random")]
     apet = [g for g in main if g.method == "apet"]
-    columns = ["full", "head alone"]
+    columns = ["full", "untuned", "head alone"]
     columns += [c for m in METHODS[1:] for c in (m, f"APET, {m}")] + [f"APET, {x}" for x in compared(main) if x not in METHODS]
     by_mask = defaultdict(dict)
     for g in groups:
@@ -554,7 +582,7 @@ def rates(runs: list[dict]) -> str:
     swept, auto = defaultdict(lambda: defaultdict(dict)), {}  # {what stayed the same: {rate: {seeds: scores}}}; auto's rate there
     fixed = ("model", "task", "steps", "method", "tuned_params", "mask")
     for r in sorted(runs, key=lambda r: r["date"]):
-        if r["trained"] and r["rate"] is not None:
+        if r["usable"] and r["rate"] is not None:
             key = setting(r, (*fixed, "where", "insert", "batch_size", "pool"))
             best = r["best"].get("score") if isinstance(r.get("best"), dict) else None
             swept[key][r["rate"]][setting(r, ("mask_seed", "seed"))] = (r["score"], math.nan if best is None else best)
@@ -642,8 +670,8 @@ def plot_scale(main: list[Group], found: dict) -> plt.Figure:
 
 def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
     """Standard deviation over positions against the model's size: each budget; filled where finding 1 looks."""
-    several, near = [g for g in main if g.method == "apet" and len(g.scores) > 1], {g[:7] for g in within_reach(main)}
-    if not several:
+    known, near = spreads(main), {g[:7] for g in within_reach(main)}
+    if not known:
         return None
     y = f"standard deviation over random positions (at least {FLOOR})"
     figure, axes = panel_a_task(main, "parameters of the model", y, [g.total for g in main])
@@ -651,8 +679,8 @@ def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
         ax.set_yscale("log")
         if ax is not axes[0][0]:
             ax.sharey(axes[0][0])
-        for i, label in enumerate(ordered(g.label for g in several)):
-            points = {(g.total, max(g.sd, FLOOR)): g for g in here if len(g.scores) > 1 and g.column == f"APET, {label}"}
+        for i, label in enumerate(ordered(g.label for g in known)):
+            points = {(g.total, max(g.sd, FLOOR)): g for g in spreads(here) if g.label == label}
             line(ax, list(points), label=f"APET, {label}", **style(i) | {"markerfacecolor": "white"})
             line(ax, [p for p, g in points.items() if g[:7] in near], **style(i) | {"linestyle": "none"})
         line(ax, [], color="0.4", marker="s", markersize=5, linestyle="none", label="filled: counts in finding 1")
@@ -660,19 +688,19 @@ def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
 
 
 def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
-    """Score against APET's budget: each model, with both thresholds, and full fine-tuning as the last point."""
+    """Score against APET's budget: each model, with both thresholds, from untuned (at 1) to full fine-tuning."""
     budgets, models = [g.budget for g in main if g.method == "apet"], unique(g[:2] for g in main)
     if not budgets:
         return None
-    xs = budgets + [g.total for g in main if g.method == "full"]
-    figure, axes = panel_a_task(main, "budget (tuned scalars)", "score", xs)
+    xs = [10**g.x for g in main if g.method in ("none", "apet", "full")]
+    figure, axes = panel_a_task(main, "budget (tuned scalars; none: at 1)", "score", xs)
     hollow = {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
     marks = {"low": {"marker": "o", "markersize": 8, **hollow}, "high": {"marker": "*", "markersize": 11, **hollow}}
     square = {"marker": "s", "markersize": 6, "linestyle": "none"}
     for ax, here in axes:
         for i, model in enumerate(models):
-            mine = sorted((g for g in here if g[:2] == model and g.method in ("apet", "full")), key=lambda g: g.budget)
-            x, y, colour = [g.budget for g in mine], [g.mean for g in mine], {"color": COLOURS[i % 7]}
+            mine = sorted((g for g in here if g[:2] == model and g.method in ("none", "apet", "full")), key=lambda g: g.budget)
+            x, y, colour = [10**g.x for g in mine], [g.mean for g in mine], {"color": COLOURS[i % 7]}
             if mine:
                 ax.errorbar(x, y, [np.nan_to_num(g.sd) for g in mine], elinewidth=1, **style(i) | {"marker": "."}, label=model[0])
             line(ax, [(g.budget, g.mean) for g in mine if g.method == "full"], **colour, **square)
@@ -684,9 +712,6 @@ def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
             line(ax, [], color="0.4", label=f"{kind} threshold", **mark)
         line(ax, [], color="0.4", label="full fine-tuning", **square)
         ax.axhline(here[0].chance, linestyle=":", color="0.4", label="chance")
-        for g in here:
-            if g.method == "none":
-                ax.axhline(g.mean, linestyle="-.", color="0.4", linewidth=0.8, label="head alone")
     return figure
 
 

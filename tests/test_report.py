@@ -32,7 +32,7 @@ def put(folder, score, model="toy-base", task="t", method="apet", budget="1e3", 
     result = {
         "score": score, "metric": "accuracy", "metrics": {"accuracy": score},
         "baselines": {"random_guess": 0.5, "majority": other.pop("majority", 0.5)}, "total_params": total,
-        "tuned_params": NAMED.get(budget) or int(float(budget)) if apet else NAMED.get(method, total),
+        "tuned_params": NAMED.get(budget) or int(float(budget)) if apet else NAMED.get(method, 0 if method == "none" else total),
         "data": {"sizes": {"report": 1000}}, "device": "cpu here", "versions": {"torch": "2.13.0"},
         "apet_sha256": "ab12" * 16, "date": other.pop("date", "2026-11-24T08:00:00"), "lr": rate,
         "best": {"step": 100, "score": other.pop("best", None)}, "arguments": arguments | other,
@@ -118,6 +118,24 @@ def test_full_fine_tuning_is_the_last_point(runs, out):
     line(runs, (0.5, 0.6), offsets=(0, 0))
     full(runs, 0.9)
     assert "| 2,930,000 [2,930,000, 2,930,000] |" in made(runs, out)[0]
+
+
+def test_means_that_fall_are_pooled(runs, out):
+    """0.5, 0.8, 0.6, 0.9 at 100 to 100,000, full 0.9: high level 0.86. 0.8 and 0.6 count as 0.7 each: 10^(4 + 0.16 / 0.2); low:
+    10^(2 + 0.036777 / 0.2) = 153."""
+    line(runs, (0.5, 0.8, 0.6, 0.9), offsets=(0, 0))
+    full(runs, 0.9)
+    assert "| 153 [153, 153] | 63,100 [63,100, 63,100] |" in made(runs, out)[0]
+    assert report.rising([0.1, 0.5, 0.3, 0.3, 0.6, 0.2]) == pytest.approx([0.1, 1.1 / 3, 1.1 / 3, 1.1 / 3, 0.4, 0.4])
+
+
+def test_the_untuned_model_is_the_first_point(runs, out):
+    """At one scalar: 0.5; at 100 0.7: the low level lies at 10^(2 · 0.036777 / 0.2) = 2.33."""
+    line(runs, (0.7, 0.9), offsets=(0, 0))
+    put(runs, 0.5, method="none", lr=None)
+    text, rows = made(runs, out)
+    assert "| 2.33 [2.33, 2.33] | no full run |" in text and "untuned" in text
+    assert [r["mean"] for r in rows if r["method"] == "none"] == ["0.5"]
 
 
 def test_one_full_run_leaves_the_sampling_error(runs, out):
@@ -312,6 +330,8 @@ def test_other_runs_are_left_out_and_said(runs, out):
     put(runs, 0.1, steps=5, budget="100", mask_seed=9)
     put(runs, 0.1, where="attention", budget="100", mask_seed=9)
     put(runs, 0.1, method="none", lr=None)
+    file = max(runs.iterdir())
+    file.write_text(file.read_text().replace('"score"', '"head_params": 2, "score"'))  # a head drawn at random
     put(runs, 0.1, budget="100", mask_seed=0, date="2026-01-01T00:00:00")
     text, rows = made(runs, out)
     assert [(r["mean"], r["runs"]) for r in rows] == [("0.7", "3")]
