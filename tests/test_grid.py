@@ -80,11 +80,11 @@ def test_the_offline_study_has_what_the_figures_compare():
     assert len(by_case) == 4 * 5
     for every in by_case.values():
         assert sorted(c.seed for c in every if c.method == "full") == [0, 1]
-        assert {c.method for c in every} == {"apet", "full", *apet.COUNTED}
+        assert {c.method for c in every} == {"none", "apet", "full", *apet.COUNTED}
         seeds = collections.Counter(c.budget for c in every if c.mask == "random")
         assert {*apet.COUNTED, "1e1", "1e2", "1e3"} == set(seeds) and min(seeds.values()) > 1
         assert min(seeds["lora"], seeds["bitfit"]) >= 3
-        assert {(c.steps, c.eval_size, c.lr) for c in every} == {(every[0].steps, None, "auto")}
+        assert {(c.steps, c.eval_size, c.lr) for c in every if c.method != "none"} == {(every[0].steps, None, "auto")}
     assert {c.mask for c in by_case["toy-base", "toy-qa"] if c.mask} == set(apet.MASKS)
 
 
@@ -125,11 +125,11 @@ def test_a_command_that_fails_stops_no_other_and_is_named_with_its_reason(tmp_pa
 def test_progress_counts_the_runs_of_the_chosen_experiments_alone(tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\n")
     (tmp_path / "python").chmod(0o755)
-    names = ["full-s0", "full-s1", "lora-s0", "apet-random-lora-p0-s0", "apet-random-1e1-p1-s0", "apet-row-lora-p0-s0"]
+    names = ["full-s0", "full-s1", "lora-s0", "none", "apet-random-lora-p0-s0", "apet-random-1e1-p1-s0", "apet-row-lora-p0-s0"]
     for name in names:
         (tmp_path / f"toy-base-toy-qa-{name}-0123abcd.json").touch()
     options = ["--offline", "--quick", "--models", "toy-base", "--tasks", "toy-qa", "--out", tmp_path]
-    for experiment, count in (("full", "2 of 2"), ("methods", "1 of 4"), ("position", "1 of 4"), ("budget", "1 of 10"),
+    for experiment, count in (("full", "2 of 2"), ("methods", "2 of 5"), ("position", "1 of 4"), ("budget", "1 of 10"),
                               ("structure", "1 of 11"), ("full,structure", "3 of 13")):  # fmt: skip
         outcome = grid(*options, "--experiments", experiment, PATH=f"{tmp_path}:{os.environ['PATH']}")
         assert outcome.stderr.splitlines()[-1].startswith(f"{count} runs done, 0 commands failed, "), outcome.stderr
