@@ -6,8 +6,8 @@
     python results/report.py PATH ... --pack runs.jsonl  the runs themselves, a line each, in place of many files
 
 A PATH is a folder, of which every *.json (one run, as apet.py writes it) and *.jsonl (one run a line) is read, or such a file.
-DIR (default: beside the data, where the first PATH lies) gets report.md, report.csv, scale.png, positions.png and budget.png. With
-several families of models there is one figure of each kind per family, as in budget-t5.png.
+DIR (default: beside the data, where the first PATH lies) gets report.md, report.csv, budget.png and, with several scales, scale.png
+and positions.png. With several families of models there is one figure of each kind per family, as in budget-t5.png.
 """
 
 import argparse
@@ -92,10 +92,7 @@ method's number of scalars or, without such runs, at the budget measured most.
 {{structure}}
 ## What was read
 
-{{read}}
-Missing:
-
-{{missing}}"""
+{{read}}"""
 
 
 class Group(NamedTuple):
@@ -221,15 +218,6 @@ def parse(text: bytes) -> dict | str:
         return "no result of apet.py"
 
 
-def pack(runs: list[dict], file: Path) -> int:
-    """Write each run once, as a line of file; returns how many."""
-    lines = sorted({json.dumps(r) + "\n" for r in runs})  # the name comes first
-    new = file.with_name(file.name + ".new")
-    new.write_text("".join(lines), encoding="utf-8")
-    os.replace(new, file)
-    return len(lines)
-
-
 def flat(r: dict) -> dict:
     """A result on one level: its arguments, with defaults for what older ones lack, and of the rest what is needed here."""
     old = {"pool": "cls", "grad_accum": 1, "freeze_head": False}
@@ -320,10 +308,6 @@ def by_unit(points: Iterable[tuple[object, object, float, float]]) -> dict[objec
     return out
 
 
-def slopes(points: Iterable[tuple[object, object, float, float]]) -> dict[object, float]:
-    return {unit: slope(lines) for unit, lines in by_unit(points).items()}
-
-
 def rising(means: Iterable[float]) -> list[float]:
     """Least squares among curves that never fall (isotonic regression): neighbours that fall are replaced by their mean."""
     blocks = []
@@ -412,25 +396,26 @@ def findings(main: list[Group], found: dict[tuple, Threshold]) -> list[tuple[str
             methods[g.unit, "", g.total].append(g.mean)
     differ = [(*key, float(np.std(x, ddof=1))) for key, x in methods.items() if len(x) == 4]
     near, every = ([(g.unit, g.label, g.total, g.sd) for g in gs] for gs in (within_reach(main), spreads(main)))
-    factors = {m: math.log10(max(at[m, "low"]) / min(at[m, "low"])) for m in least if len(at[m, "low"]) > 1}
+    factors = [math.log10(max(at[m, "low"]) / min(at[m, "low"])) for m in least if len(at[m, "low"]) > 1]
 
-    def row(what: str, effects: dict, judged: bool = False, border: float = 0) -> tuple[str, str, str, str]:
-        mean, low, high = interval(list(effects.values()))
+    def row(what: str, cases: dict | list, judged: bool = False, border: float = 0) -> tuple[str, str, str, str]:
+        effects = list(map(slope, cases.values())) if isinstance(cases, dict) else cases
+        mean, low, high = interval(effects)
         shown = [f"{10**x:.3g}" if border else f"{x:+.2f}" for x in (mean, low, high)]
         text = ("factor " * (border > 0) + shown[0] + f" [{shown[1]}, {shown[2]}]" * (len(effects) > 1)) * bool(effects)
-        passes = f"{sum(x < border for x in effects.values())} of {len(effects)} "
-        cases = passes + (f"models within {ALIKE}" if border else "tasks fall") if effects else "none"
+        passes = f"{sum(x < border for x in effects)} of {len(effects)} "
+        of = passes + (f"models within {ALIKE}" if border else "tasks fall") if effects else "none"
         verdict = "**for**" if high < border else "**against**" if low > border else "undecided"
-        return what, text, cases, verdict if judged else "beside"
+        return what, text, of, verdict if judged else "beside"
 
     return [
-        row("1. larger models: less spread over random positions", slopes(near), True),
-        row("the same at every budget and score", slopes(every)),
-        row(f"2. larger models: a lower high threshold ({100 * SHARE:g} % of full's gain)", slopes(at["high"]), True),
-        row("the same, level with full", slopes(at["level with full"])),
+        row("1. larger models: less spread over random positions", by_unit(near), True),
+        row("the same at every budget and score", by_unit(every)),
+        row(f"2. larger models: a lower high threshold ({100 * SHARE:g} % of full's gain)", by_unit(at["high"]), True),
+        row("the same, level with full", by_unit(at["level with full"])),
         row("3. a model's tasks: similar low thresholds, the largest / the smallest", factors, True, math.log10(ALIKE)),
-        row("low threshold against scale", slopes(at["low"])),
-        row("where the paper starts: larger models, less spread among the four methods", slopes(differ)),
+        row("low threshold against scale", by_unit(at["low"])),
+        row("where the paper starts: larger models, less spread among the four methods", by_unit(differ)),
     ]
 
 
@@ -519,20 +504,6 @@ def compared(main: list[Group]) -> list[str]:
     return named or sorted(count, key=lambda label: (-count[label], -ordered(count).index(label)))[:1]
 
 
-def missing(main: list[Group]) -> list[str]:
-    """What some model of a family has on some task and another lacks: a line for each lack and model."""
-    have, gaps = defaultdict(set), defaultdict(list)
-    for g in main:
-        have[family(g.model)].add((g.column, g.budget if g.label[0].isdigit() and g.method == "apet" else 0))
-    for model, total in unique(g[:2] for g in main):
-        for task in sorted({g.task for g in main if family(g.model) == family(model)}):
-            here = {g.column for g in main if g.case == (model, total, task)}
-            lacks = [name for name, least in sorted(have[family(model)]) if name not in here and least <= total]
-            if lacks:
-                gaps[model, ", ".join(lacks) if here else "every run"].append(task)
-    return [f"{model} on {', '.join(tasks)}: {lacks}" for (model, lacks), tasks in gaps.items()]
-
-
 def about(runs: list[dict], notes: list[str]) -> list[str]:
     """What was read: models, dates, machines, versions, settings."""
 
@@ -573,7 +544,6 @@ def report(runs: list[dict], groups: list[Group], found: dict, notes: list[str],
         budgets=by_task(apet, lambda g: g.label, [x for x in ordered(g.label for g in apet) if x not in METHODS]),
         structure=table(["model", "task", "budget", *masks], structure),
         read=bullets(about(runs, notes)),
-        missing=bullets(missing(main) or ["nothing"]),
     ).lstrip()
 
 
@@ -641,7 +611,7 @@ def panel_a_task(main: list[Group], x: str, y: str, xs: list[int]) -> tuple[plt.
     for ax, here in zip(axes.flat, tasks, strict=False):
         ax.set_title(f"{here[0].task} ({here[0].metric})", fontsize=9)
         ax.set_xscale("log")
-        ax.set_xlim(min(xs) / 1.4, max(xs) * 1.4)
+        ax.set_xlim(min(xs) / 2, max(xs) * 2)
         ax.tick_params(which="both", labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(x, fontsize=9)
@@ -688,7 +658,7 @@ def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
 
 
 def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
-    """Score against APET's budget: each model, with both thresholds, from untuned (at 1) to full fine-tuning."""
+    """Score against APET's budget: each model, with both thresholds, from untuned (at 1) to full; of one model the methods, too."""
     budgets, models = [g.budget for g in main if g.method == "apet"], unique(g[:2] for g in main)
     if not budgets:
         return None
@@ -708,6 +678,8 @@ def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
                 t = found.get((*model, here[0].task, kind))
                 if t and t.mark in ("", "<="):
                     line(ax, [(t.value, np.interp(math.log10(t.value), np.log10(x), y))], **colour, **mark)
+        for g in (g for g in here if len(models) == 1 and g.method in METHODS[1:]):
+            line(ax, [(g.budget, g.mean)], label=g.method, **style(METHODS.index(g.method)) | {"linestyle": "none"})
         for kind, mark in marks.items():
             line(ax, [], color="0.4", label=f"{kind} threshold", **mark)
         line(ax, [], color="0.4", label="full fine-tuning", **square)
@@ -717,7 +689,8 @@ def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
 
 def draw(main: list[Group], found: dict, out: Path, suffix: str) -> list[str]:
     """The names of one family's figures; those without data are left out."""
-    plots = {"scale": plot_scale, "positions": plot_positions, "budget": plot_budget}
+    plots = {"scale": plot_scale, "positions": plot_positions} if len({g.total for g in main}) > 1 else {}
+    plots["budget"] = plot_budget
     figures = {f"{kind}{suffix}.png": plot(main, found) for kind, plot in plots.items()}
     figures = {name: figure for name, figure in figures.items() if figure}
     for name, figure in figures.items():
@@ -771,7 +744,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.pack and notes:
             raise ValueError(f"{args.pack} is not written: it would lack what was skipped")
         if args.pack:
-            print(f"{pack(results, args.pack)} runs: {args.pack}")
+            lines = sorted({json.dumps(r) + "\n" for r in results})  # each run once; the name comes first
+            new = args.pack.with_name(args.pack.name + ".new")
+            new.write_text("".join(lines), encoding="utf-8")
+            os.replace(new, args.pack)
+            print(f"{len(lines)} runs: {args.pack}")
         elif args.rates:
             out.mkdir(parents=True, exist_ok=True)
             (out / "report.md").write_text(rates([flat(r) for r in results]), encoding="utf-8")
