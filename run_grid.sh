@@ -2,13 +2,13 @@
 # Every experiment of the paper (Su et al., EMNLP 2023): one apet.py command for each experiment, model and task.
 #   ./run_grid.sh --list              print the commands, one a line, for xargs, GNU parallel or a SLURM array
 #   ./run_grid.sh --gpus 0,1,2,3      run them, four at a time, one GPU each (0+1,2+3: two at a time, two GPUs each)
-#   ./run_grid.sh --offline           the study on the toy family, on a CPU: at most two hours on 2 cores
+#   ./run_grid.sh --offline           the study on the toy family (results/toy/PROTOCOL.md): at most two hours on 2 cores
 #   ./run_grid.sh --offline --quick   fewer models, tasks, seeds and steps: at most 12 minutes on 2 cores
 #
 #   --experiments, --models, --tasks A,B   some of those in the tables below (default: all)
 #   --seeds N   position seeds (default: as in the tables)
 #   --jobs N    commands at a time without --gpus (default: 1; offline: the number of cores)
-#   --out DIR   results, logs in DIR/logs (default: results/grid; offline: results/offline)
+#   --out DIR   results, logs in DIR/logs (default: results/grid; offline: results/offline or results/quick)
 # Start the same command again to continue: what is done is skipped, a run that was interrupted goes on where it was. A command
 # that fails is named at the end and in the exit status, and stops no other. When this script ends, by kill -9 too, its commands
 # save their state and end; the next start with the same DIR waits for that. Then: python results/report.py DIR --out DIR
@@ -48,17 +48,17 @@ if [[ -z $offline ]]; then
         budget    .        3 --budget 1e1,1e2,1e3,1e4,1e5,1e6,1e7 --mask random
         structure .        3 --budget 1e4 --mask row,column,block,tensor,magnitude,gradient"
 else
-    more=" --steps 200 --eval-every 100" out=${out:-results/offline} jobs=${jobs:-$(getconf _NPROCESSORS_ONLN)}
-    [[ -z $quick ]] || more=" --steps 100 --eval-every 50 --eval-size 300" seeds=${seeds:-2} tasks=${tasks:-toy-sentiment,toy-qa} \
-        models=${models:-toy-tiny,toy-small,toy-base}
-    sizes="toy-tiny:2 toy-small:3 toy-base:8 toy-large:20"
+    steps=200 more="" # results/toy/PROTOCOL.md
+    [[ -z $quick ]] || steps=100 more=" --eval-size 300" out=${out:-results/quick} seeds=${seeds:-2} \
+        tasks=${tasks:-toy-sentiment,toy-qa} models=${models:-toy-tiny,toy-small,toy-base}
+    more=" --steps $steps --eval-every $((steps / 2))$more" out=${out:-results/offline} jobs=${jobs:-$(getconf _NPROCESSORS_ONLN)}
+    sizes="toy-tiny:2 toy-small:3 toy-base:7 toy-large:16"
     all_tasks="toy-sentiment toy-inference toy-paraphrase toy-qa toy-summary"
     rows="full    .        - --method full --seed 0,1
-        methods   .        - --method adapter,lora,bitfit,prompt
-        position  .        5 --budget 1e3,1e4 --mask random
-        budget    toy-tiny 2 --budget 1e1,1e2 --mask random
-        budget    .        2 --budget 1e1,1e2,1e5 --mask random
-        structure toy-base 1 --budget 1e4 --mask row,column,block,tensor,magnitude,gradient"
+        methods   .        - --method none,adapter,lora,bitfit,prompt
+        position  .        3 --budget lora,bitfit --mask random
+        budget    .        2 --budget 1e1,1e2,1e3,adapter,prompt --mask random
+        structure toy-base 1 --budget lora --mask row,column,block,tensor,magnitude,gradient"
     export OMP_NUM_THREADS=1 # one thread a command: the same numbers on any number of cores
 fi
 [[ -z $gpus ]] || more+=" --device cuda" gpus=${gpus//,/ } # else a GPU that is not there would be a CPU
@@ -81,7 +81,7 @@ for size in $sizes; do
         for word in $flags; do commas=${word//[^,]/} n=$((n * (${#commas} + 1))); done
         [[ $flags != *magnitude* ]] || n=$((n - count + 1)) # it has no seed
         name=$(sed -E 's/--method ([^ ]*).*/(\1)/; s/--budget (.*) --mask (.*) --mask-seed (.*)/apet-(\2)-(\1)-p(\3)/' <<<"$flags")
-        results+=("$cost ^$model-($(xargs <<<"$tasks" | tr ' ' '|'))-${name//,/|}-s[^-]*-[^-]*\.json$")
+        results+=("$cost ^$model-($(xargs <<<"$tasks" | tr ' ' '|'))-${name//,/|}(-s[^-]*)?-[^-]*\.json$")
         for task in $all_tasks; do
             [[ $tasks == *" $task "* && ! $model-$task =~ ^bert.*-(samsum|multi_news|nq_open)$ ]] || continue # an encoder can't
             commands+="$((n * cost)) $experiment-$model-$task python apet.py --model $model --task $task $flags$more"
@@ -90,7 +90,7 @@ for size in $sizes; do
     done <<<"$rows"
 done
 [[ -n $commands ]] || fail "no command: an encoder can't write$tasks"
-[[ -z $list ]] || { printf %s "$commands" | cut -d ' ' -f 3- && exit; }
+[[ -z $list ]] || { printf %s "$commands" | cut -d ' ' -f 3-; exit; }
 
 command -v python >/dev/null || fail "there is no python: activate the virtual environment"
 mkdir -p "$out/logs"

@@ -2,11 +2,12 @@
 
     python results/report.py PATH ... [--out DIR]        the comparison of methods, budgets and scales (default: results/toy)
     python results/report.py PATH ... --rates            sweeps over the learning rate instead
+    python results/report.py PATH ... --power            how often a study would decide finding 1, from the runs as a pilot
     python results/report.py PATH ... --pack runs.jsonl  the runs themselves, a line each, in place of many files
 
 A PATH is a folder, of which every *.json (one run, as apet.py writes it) and *.jsonl (one run a line) is read, or such a file.
-DIR (default: beside the data, where the first PATH lies) gets report.md, report.csv, and scale, positions, budget and
-thresholds.png. With several families of models there is one figure of each kind per family, as in budget-t5.png.
+DIR (default: beside the data, where the first PATH lies) gets report.md, report.csv, budget.png and, with several scales, scale.png
+and positions.png. With several families of models there is one figure of each kind per family, as in budget-t5.png.
 """
 
 import argparse
@@ -34,62 +35,64 @@ SETTING = (  # what runs of one task must share to be compared
     "steps", "batch_size", "grad_accum", "train_size", "eval_size", "eval_every", "pool", "dropout", "max_source_length",
     "max_target_length", "dtype", "freeze_head", "text_fields", "label_field",
 )  # fmt: skip
-BOOTSTRAP, PERMUTATIONS = 1_000, 10_000
-FLOOR = 1e-3  # a smaller standard deviation counts as this one: its logarithm is needed
-ALIKE = 10  # low thresholds within this factor count as similar
-VERDICTS = ("**Contradicts the paper:**", "Agrees with the paper:", "Undecided:", "Beside it, no claim of the paper:")
-CONTRADICTS, AGREES, UNDECIDED, NO_CLAIM = range(4)
+SHARE = 0.9  # high threshold: this share of what full fine-tuning gains over chance
+REACH = 0.5  # finding 1: where APET gets this share of it or more
+DENSITY = (1e-3, 1e-1)  # finding 1: thousandths to hundredths of the model
+ALIKE = 10  # finding 3: low thresholds within this factor are similar
+FLOOR = 1e-3  # a smaller standard deviation, less than a row of 1,000, counts as this one: its logarithm is needed
+KINDS = ("low", "high", "level with full")
+BOOTSTRAP, STUDIES = 1_000, 4_000
+T95 = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)  # Student's t; more degrees count as 10
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe & Ito, without the yellow
+FULL = {"color": "#000000", "marker": "o", "markersize": 5, "linewidth": 2}  # full fine-tuning
 MARKERS, LINES = "os^DvPX<>*h", ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-HOLLOW = {"markerfacecolor": "white"}
 
-TEXT = """
+TEXT = f"""
 # Report
 
-Made by results/report.py; do not edit. Scores are mean ± standard deviation (number of seeds): position seeds of APET, training
-seeds of the others.
-
-## What was read
-
-{read}
-Missing:
-
-{missing}
-## Methods
-
-APET stands beside them at a method's number of scalars or, without such runs, at the budget measured most.
-
-{methods}## APET by budget
-
-{budgets}## Structure of the positions
-
-{structure}
-## Thresholds
-
-{thresholds}
-- Low threshold: the smallest budget at which the mean over positions is above random guess g at p < 0.01, one-sided: at least
-  g + 2.326·sqrt(g(1-g)/n), n the rows of the reported split, which all seeds share; g(1-g) bounds the variance of any score in
-  [0, 1].
-- High threshold: the smallest budget at which the mean is at least f - max(sd of full over training seeds, sqrt(h(1-h)/n)), f the
-  mean of full fine-tuning, h = (nf+2)/(n+4).
-- Between measured budgets the mean is linear in log10(budget). `<=`: the smallest budget passes; `>`: the largest does not.
-- [a, b]: 90 % percentile bootstrap over position seeds and full's training seeds, 1,000 draws; none where a budget beside the
-  threshold has fewer than 2 position seeds.
+Made by results/report.py; do not edit.
 
 ## The three findings of the paper (Su et al. 2023)
 
-{findings}
-Spread of the found thresholds over tasks, largest to smallest and sd in decades:
+{{findings}}
+- Effect: mean over the cases [90 % t-interval, mean ± t·sd/√n]. **For** the paper: the whole interval lies below the border;
+  **against**: above it; else undecided. The border is a slope of 0, for finding 3 a factor of {ALIKE}. "Beside" is not judged.
+- Slope: least squares of log10(y) on log10(parameters of the model): -0.30 is half with each tenfold model, 0 the same at every
+  scale; for a threshold +1 is the same share of the model. The budgets of a task share one slope, each at a level of its own.
+- Chance c: a random guess or the majority class, the better; for written answers a random answer of the training rows or the
+  most frequent one. It is what is scored without reading the input, for classes and text alike.
+- Finding 1: y is the sd over positions (at least {FLOOR}), where there are 3 position seeds, the budget is a method's own or
+  {100 * DENSITY[0]:g} to {100 * DENSITY[1]:g} % of the model, and APET's mean gets {100 * REACH:g} % or more of what full
+  fine-tuning gains over chance.
+- Low threshold: the smallest budget whose mean over positions is above chance at p < 0.01, one-sided: c + 2.326·√(c(1-c)/n), n the
+  rows of the reported split; c(1-c) bounds the variance of any score in [0, 1].
+- High threshold: the smallest budget whose mean gets {100 * SHARE:g} % of what full fine-tuning gains over chance. Level
+  with full: f less the sd over training seeds or √(h(1-h)/n), the larger; f is full fine-tuning's mean, h = (nf+2)/(n+4).
+- The mean is linear in log10(budget), from the untuned model (an encoder: its trained head alone), which stands at 1 scalar, to
+  full fine-tuning. Means of APET that fall are pooled (isotonic regression): else noise lets small models pass early. `<=`: the
+  smallest budget passes, and counts as the threshold if none smaller was measured on the model. `>` (the largest does not) and
+  "at chance" are left out.
 
-{spreads}
-- Slopes: of log10(y) on log10(parameters) among models of one family, y the sd (below 0.001 it counts as 0.001) or the threshold.
-  p: y shuffled over the scales within each line, 10,000 times. Lines count as independent: p is too small where tasks or budgets
-  move together. Decided at p < 0.05: falling one-sided, rising two-sided.
-- At random guess and at the ceiling the sd is small whatever the scale. Hence the second sentence on it: only scales whose mean
-  lies strictly between the levels of the low and the high threshold.
+{{figures}}
 
-{figures}
-"""
+## Thresholds
+
+[a, b]: 90 % percentile bootstrap over position seeds and full's training seeds, where each budget has two or more.
+
+{{thresholds}}
+## Methods
+
+Mean ± standard deviation (number of seeds): position seeds of APET, training seeds of the others. APET stands beside them at a
+method's number of scalars or, without such runs, at the budget measured most.
+
+{{methods}}## APET by budget
+
+{{budgets}}## Structure of the positions
+
+{{structure}}
+## What was read
+
+{{read}}"""
 
 
 class Group(NamedTuple):
@@ -114,8 +117,13 @@ class Group(NamedTuple):
         return self[:3]  # model, its parameters, task
 
     @property
-    def positions(self) -> int:
-        return len(self.scores) if self.method == "apet" else 0
+    def unit(self) -> tuple[str, str]:
+        return family(self.model), self.task
+
+    @property
+    def x(self) -> float:
+        """Where it stands on the axis of budgets: no tuned scalar (untuned, or the head alone) at 1."""
+        return math.log10(max(self.budget, 1))
 
     @property
     def mean(self) -> float:
@@ -123,12 +131,22 @@ class Group(NamedTuple):
 
     @property
     def sd(self) -> float:
-        return spread(self.scores)
+        """sqrt(sum (x - mean)^2 / (n - 1)); NaN for fewer than two."""
+        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else math.nan
+
+    @property
+    def chance(self) -> float:
+        return max(self.guess, self.majority)
+
+    @property
+    def above(self) -> float:
+        """What answers at chance exceed on these rows with a probability of 1 % at most."""
+        return self.chance + 2.326 * math.sqrt(self.chance * (1 - self.chance) / self.rows)
 
     @property
     def column(self) -> str:
         """The group's name in the tables and figures of methods."""
-        return {"apet": f"APET, {self.label}", "none": "head alone"}.get(self.method, self.method)
+        return {"apet": f"APET, {self.label}", "none": self.label}.get(self.method, self.method)
 
 
 class Threshold(NamedTuple):
@@ -136,26 +154,12 @@ class Threshold(NamedTuple):
 
     value: float
     mark: str
-    low: float  # the ends of its interval: -inf and inf where it is open, NaN where there is none
-    high: float
-    smallest: float  # and largest: the budgets that were measured
-    largest: float
+    low: float = math.nan  # the ends of its interval, within the measured budgets
+    high: float = math.nan
 
     def text(self) -> str:
-        if self.mark not in ("", "<=", ">"):
-            return self.mark
-        interval = "" if math.isnan(self.low) else f" [{self.end(self.low)}, {self.end(self.high)}]"
-        return f"{self.mark} {number(self.value)}".strip() + interval
-
-    def end(self, x: float) -> str:
-        return number(x) if math.isfinite(x) else f"> {number(self.largest)}" if x > 0 else f"<= {number(self.smallest)}"
-
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest budget that it may be; NaN where too few seeds were measured to say."""
-        low, high = self.low, self.high
-        if math.isnan(low) and self.mark:
-            low = high = -math.inf if self.mark == "<=" else math.inf
-        return float(np.clip(low, 0, self.largest)), float(np.maximum(high, self.smallest))
+        interval = "" if math.isnan(self.low) else f" [{number(self.low)}, {number(self.high)}]"
+        return self.mark if math.isnan(self.value) else f"{self.mark} {number(self.value)}".strip() + interval
 
 
 def number(x: float) -> str:
@@ -180,19 +184,12 @@ def read(paths: list[Path]) -> tuple[list[dict], list[str]]:
     found = {f for p in paths for f in ([p] if p.is_file() else [*p.rglob("*.json"), *p.rglob("*.jsonl")]) if f.is_file()}
     runs, notes = [], []
     for file in sorted(found):
-        try:
-            whole = file.read_bytes()
-        except OSError as e:
-            notes.append(f"skipped {file.name}: {e.strerror}")
-            continue
-        several, bad = file.suffix == ".jsonl", defaultdict(list)
+        several, bad, whole = file.suffix == ".jsonl", defaultdict(list), file.read_bytes()
         for n, text in enumerate(whole.splitlines() if several else [whole], 1):
-            if several and not text.strip():
-                continue
-            run = parse(text)
+            run = parse(text) if text.strip() or not several else None
             if isinstance(run, str):
                 bad[run].append(n)
-            else:
+            elif run:
                 runs.append({"name": file.stem, **run})
         for why, at in bad.items():
             where = f", line {at[0]}" + f" and {len(at) - 1:,} more" * (len(at) > 1)
@@ -221,21 +218,13 @@ def parse(text: bytes) -> dict | str:
         return "no result of apet.py"
 
 
-def pack(runs: list[dict], file: Path) -> int:
-    """Write each run once, as a line of file; returns how many."""
-    lines = sorted({json.dumps(r) + "\n" for r in runs})  # the name comes first
-    new = file.with_name(file.name + ".new")
-    new.write_text("".join(lines), encoding="utf-8")
-    os.replace(new, file)
-    return len(lines)
-
-
 def flat(r: dict) -> dict:
     """A result on one level: its arguments, with defaults for what older ones lack, and of the rest what is needed here."""
     old = {"pool": "cls", "grad_accum": 1, "freeze_head": False}
     rest = {"rows": r["data"]["sizes"]["report"], "machine": r["device"], "rate": r.get("lr")}
     run = {**r, **r["baselines"], **old, **r["arguments"], **rest}
-    return run | {"trained": not run.get("load") and (run["method"] != "none" or run.get("head_trained"))}
+    untuned = run["method"] == "none" and not run.get("head_trained")  # shown where it has no head, which would be random
+    return run | {"untuned": untuned, "usable": not (run.get("load") or (untuned and run.get("head_params")))}
 
 
 def setting(run: dict, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -261,7 +250,7 @@ def choose(results: list[dict]) -> tuple[list[dict], list[str]]:
         why = f"not the task's usual setting ({', '.join(sorted(odd))})"
         return keep(runs, lambda r: setting(r, names) == most[r["task"]], why)
 
-    runs = keep(results, lambda r: r["trained"], "nothing was trained")
+    runs = keep(results, lambda r: r["usable"], "nothing was trained")
     runs = usual(keep(runs, lambda r: r["lr"] in ("auto", None), "an explicit learning rate"), SETTING)
     apet = usual([r for r in runs if r["method"] == "apet"], ("where", "insert"))
     runs = [r for r in runs if r["method"] != "apet"] + apet
@@ -284,6 +273,7 @@ def collect(runs: list[dict]) -> list[Group]:
         names = [str(r["budget"]) for r in rs]
         plain = not apet or any(re.fullmatch(r"[\d_.]+(e\+?\d+)?", x.lower()) for x in names)
         label = f"{key[-1]:,}" if plain else names[0]
+        label = label if key[3] != "none" else "untuned" if rs[0]["untuned"] else "head alone"
         about = [rs[0][x] for x in ("random_guess", "majority", "metric")]
         groups.append(Group(*key, label, scores, len(rs), min(r["rows"] for r in rs), *about))
     return sorted(groups, key=lambda g: (family(g.model), g.total, g.model, g.task, g.method, str(g.mask), g.budget))
@@ -292,33 +282,44 @@ def collect(runs: list[dict]) -> list[Group]:
 # --- Statistics ---
 
 
-def spread(scores: np.ndarray) -> float:
-    """Standard deviation, sqrt(sum (x - mean)^2 / (n - 1)); NaN for fewer than two."""
-    return float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 90 % t-interval; infinite where there are fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return (values[0] if n else math.nan), -math.inf, math.inf
+    mean, half = float(np.mean(values)), T95[min(n - 1, 10)] * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean, mean - half, mean + half
 
 
-def low_level(guess: float, rows: int) -> float:
-    """g + 2.326 sqrt(g (1 - g) / n): what random guessing exceeds on n rows with a chance of 1 %."""
-    return guess + 2.326 * math.sqrt(guess * (1 - guess) / rows)
+def slope(lines: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Least squares of y on x with one slope and a level for each line: sum (x - mean x) y / sum (x - mean x)^2 over all."""
+    centred = [(x - x.mean(), y) for x, y in lines]
+    return float(sum(x @ y for x, y in centred) / sum(x @ x for x, _ in centred))
 
 
-def high_level(full: np.ndarray, rows: int) -> float:
-    """f - max(sd, sqrt(g (1 - g) / n)): full fine-tuning's mean f less its spread over training seeds or n rows.
-
-    g = (n f + 2) / (n + 4), so that a perfect score has a spread, too (Agresti & Coull, 1998).
-    """
-    f = float(np.mean(full))
-    g = (rows * f + 2) / (rows + 4)
-    return f - max(np.nan_to_num(spread(full)), math.sqrt(g * (1 - g) / rows))
-
-
-def in_between(g: Group, main: list[Group]) -> bool:
-    """Whether the mean lies strictly between the levels of the low and the high threshold."""
-    high = [high_level(f.scores, f.rows) for f in main if f.method == "full" and f.case == g.case]
-    return bool(high) and low_level(g.guess, g.rows) < g.mean < high[0]
+def by_unit(points: Iterable[tuple[object, object, float, float]]) -> dict[object, list[tuple[np.ndarray, np.ndarray]]]:
+    """From (unit, line, parameters, y): the lines of each unit that have two scales, as logarithms."""
+    found, out = defaultdict(list), defaultdict(list)
+    for unit, line, total, y in points:
+        found[unit, line].append((math.log10(total), math.log10(max(y, FLOOR))))
+    for (unit, _), ps in found.items():
+        if len({x for x, _ in ps}) > 1:
+            out[unit].append(np.array(ps).T)
+    return out
 
 
-def crossing(x: np.ndarray, means: np.ndarray, level: float) -> float:
+def rising(means: Iterable[float]) -> list[float]:
+    """Least squares among curves that never fall (isotonic regression): neighbours that fall are replaced by their mean."""
+    blocks = []
+    for mean in means:
+        blocks.append((float(mean), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (b, m), (a, n) = blocks.pop(), blocks.pop()
+            blocks.append(((a * n + b * m) / (n + m), n + m))
+    return [mean for mean, n in blocks for _ in range(n)]
+
+
+def crossing(x: np.ndarray, means: list[float], level: float) -> float:
     """The first x at which means, joined by lines, reach level; -inf if the first does, inf if none does."""
     i = next((i for i, m in enumerate(means) if m >= level - 1e-12), None)
     if not i:
@@ -326,125 +327,136 @@ def crossing(x: np.ndarray, means: np.ndarray, level: float) -> float:
     return x[i - 1] + (x[i] - x[i - 1]) * (level - means[i - 1]) / (means[i] - means[i - 1])
 
 
-def threshold(apet: list[Group], full: Group | None, kind: str) -> Threshold:
-    """Where the mean score, linear in log10(budget), crosses low_level or high_level, with a 90 % bootstrap interval.
-
-    Each draw takes as many position seeds of each budget (and training seeds of full) as there are, with replacement.
-    """
-    smallest, largest = float(apet[0].budget), float(apet[-1].budget)
-    level = low_level(apet[0].guess, apet[0].rows)
+def level(kind: str, first: Group, full: np.ndarray) -> float:
+    """The score that counts for a kind of threshold."""
+    if kind == "low":
+        return first.above
+    f, n = float(full.mean()), first.rows
     if kind == "high":
-        if full is None or full.mean < level:
-            why = "no full run" if full is None else "full at random guess"
-            return Threshold(math.nan, why, math.nan, math.nan, smallest, largest)
-        level = high_level(full.scores, full.rows)
-    x = np.log10([g.budget for g in apet])
-    cross = crossing(x, np.array([g.mean for g in apet]), level)
-    i = len(apet) - 1 if cross == math.inf else int((x >= cross).argmax())
-    beside = apet[i - math.isfinite(cross) : i + 1]
-    ends = (math.nan, math.nan)
-    if min(len(g.scores) for g in beside) >= 2:
+        return first.chance + SHARE * (f - first.chance)
+    h = (n * f + 2) / (n + 4)  # so that a perfect score has a spread, too (Agresti & Coull, 1998)
+    return f - max(float(full.std(ddof=1)) if len(full) > 1 else 0, math.sqrt(h * (1 - h) / n))
+
+
+def threshold(line: list[Group], full: Group | None, kind: str) -> Threshold:
+    """Where the rising curve of mean scores over log10(budget) crosses the level of its kind; full fine-tuning is the last point.
+
+    The first crossing of the means themselves comes the earlier, the noisier they are: on small models.
+    """
+    if kind != "low" and (full is None or full.mean < full.above):
+        return Threshold(math.nan, "no full run" if full is None else "full at chance")
+    curve = [*line, *[full] * (full is not None)]
+    x = np.array([g.x for g in curve])
+
+    def cross(means: np.ndarray, last: np.ndarray) -> float:
+        return crossing(x, rising(means[: len(line)]) + list(means[len(line) :]), level(kind, curve[0], last))
+
+    at, ends = cross(np.array([g.mean for g in curve]), curve[-1].scores), (math.nan, math.nan)
+    if all(len(g.scores) > 1 for g in line if g.method == "apet"):
         rng = np.random.default_rng(0)
-
-        def redraw(scores: np.ndarray) -> np.ndarray:
-            return scores[rng.integers(0, len(scores), (BOOTSTRAP, len(scores)))]
-
-        means = np.stack([redraw(g.scores).mean(1) for g in apet], 1)
-        levels = [high_level(f, full.rows) for f in redraw(full.scores)] if kind == "high" else [level] * BOOTSTRAP
-        draws = sorted(crossing(x, m, v) for m, v in zip(means, levels, strict=True))
-        ends = tuple(10**d if math.isfinite(d) else d for d in (draws[BOOTSTRAP // 20], draws[-1 - BOOTSTRAP // 20]))
-    value, mark = (10**cross, "") if math.isfinite(cross) else (largest, ">") if cross > 0 else (smallest, "<=")
-    return Threshold(value, mark, *ends, smallest, largest)
+        redrawn = [g.scores[rng.integers(0, len(g.scores), (BOOTSTRAP, len(g.scores)))] for g in curve]
+        draws = sorted(map(cross, np.stack([r.mean(1) for r in redrawn], 1), redrawn[-1]))
+        ends = (float(10 ** np.clip(d, x[0], x[-1])) for d in (draws[BOOTSTRAP // 20], draws[-1 - BOOTSTRAP // 20]))
+    mark = "" if math.isfinite(at) else ">" if at > 0 else "<="
+    return Threshold(float(10 ** np.clip(at, x[0], x[-1])), mark, *ends)
 
 
 def thresholds(main: list[Group]) -> dict[tuple, Threshold]:
-    """By model, its parameters, task and kind ('low', 'high')."""
-    apet, full = defaultdict(list), {g.case: g for g in main if g.method == "full"}
+    """By model, its parameters, task and kind; where APET was measured."""
+    full, lines = {g.case: g for g in main if g.method == "full"}, defaultdict(list)
+    for g in sorted(main, key=lambda g: g.budget):
+        if g.method in ("none", "apet"):
+            lines[g.case].append(g)
+    measured = [c for c in unique(g.case for g in main) if any(g.method == "apet" for g in lines[c])]
+    return {(*c, kind): threshold(lines[c], full.get(c), kind) for c in measured for kind in KINDS}
+
+
+def spreads(main: list[Group]) -> list[Group]:
+    """Where the spread over positions is known well enough."""
+    return [g for g in main if g.method == "apet" and len(g.scores) >= 3]
+
+
+def within_reach(main: list[Group]) -> list[Group]:
+    """The spreads that count in finding 1."""
+    full = {g.case: g for g in main if g.method == "full" and g.mean >= g.above}
+    near = [g for g in spreads(main) if g.label in METHODS or DENSITY[0] <= g.budget / g.total <= DENSITY[1]]
+    return [g for g in near if g.case in full and g.mean >= g.chance + REACH * (full[g.case].mean - g.chance)]
+
+
+def findings(main: list[Group], found: dict[tuple, Threshold]) -> list[tuple[str, str, str, str]]:
+    """Rows of the table of findings: what, effect with its interval, cases, verdict."""
+    at, methods = defaultdict(list), defaultdict(list)
+    least = {m: min(10**g.x for g in main if g.model == m and g.method in ("none", "apet")) for m, *_ in found}
+    for (model, total, task, kind), t in found.items():
+        if t.mark == "" or (t.mark == "<=" and t.value <= least[model]):
+            at[kind].append(((family(model), task), "", total, t.value))
+            at[model, kind].append(t.value)
     for g in main:
-        if g.method == "apet":
-            apet[g.case].append(g)
-    return {(*case, kind): threshold(line, full.get(case), kind) for case, line in apet.items() for kind in ("low", "high")}
+        if g.method in METHODS[1:]:
+            methods[g.unit, "", g.total].append(g.mean)
+    differ = [(*key, float(np.std(x, ddof=1))) for key, x in methods.items() if len(x) == 4]
+    near, every = ([(g.unit, g.label, g.total, g.sd) for g in gs] for gs in (within_reach(main), spreads(main)))
+    factors = [math.log10(max(at[m, "low"]) / min(at[m, "low"])) for m in least if len(at[m, "low"]) > 1]
 
-
-def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Least squares: sum (x - mean x) y / sum (x - mean x)^2, for each row of y."""
-    d = x - x.mean()
-    return (y * d).sum(-1) / (d * d).sum()
-
-
-def permutation(lines: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float, float]:
-    """Mean slope of the lines, and p for falling and two-sided: the part of shuffles of y over x whose mean slope is as extreme."""
-    rng = np.random.default_rng(0)
-    seen = float(np.mean([slope(x, y) for x, y in lines]))
-    draws = sum(slope(x, rng.permuted(np.tile(y, (PERMUTATIONS, 1)), axis=1)) for x, y in lines) / len(lines)
-    one, two = (draws <= seen + 1e-12).sum(), (abs(draws) >= abs(seen) - 1e-12).sum()
-    return seen, float(1 + one) / (PERMUTATIONS + 1), float(1 + two) / (PERMUTATIONS + 1)
-
-
-def trend(what: str, points: dict[object, list[tuple[int, float]]], lines_are: str) -> tuple[int, str]:
-    """Verdict and sentence on whether y falls with scale within the lines."""
-    lines = [(np.log10([p[0] for p in ps]), np.log10([p[1] for p in ps])) for ps in points.values() if len({p[0] for p in ps}) > 1]
-    if not lines:
-        return UNDECIDED, f"{what}: no {lines_are} has what it takes at two scales."
-    seen, one, two = permutation(lines)
-    least = 1 / math.prod(math.factorial(len(x)) for x, _ in lines)
-    verdict = CONTRADICTS if seen > 0 and two < 0.05 else AGREES if seen < 0 and one < 0.05 else UNDECIDED
-    return verdict, (
-        f"{what}: mean slope {seen:+.3f} decades per decade of parameters over {len(lines)} ({lines_are}), "
-        f"{sum(slope(x, y) < 0 for x, y in lines)} of {len(lines)} falling; p = {one:.4f} one-sided (falling), {two:.4f} two-sided"
-        + (f"; these few points allow no one-sided p below {least:.2g}." if least > 0.05 else ".")
-    )
-
-
-def similar(found: dict[tuple, Threshold]) -> tuple[int, str]:
-    """Finding 3: are the low thresholds of a model's tasks within a factor of 10, by the ends of their intervals?"""
-    by_model = defaultdict(list)
-    for (model, _, _, kind), t in found.items():
-        if kind == "low":
-            by_model[model].append(t.bounds())
-    apart, together, n = [], 0, 0
-    for model, bounds in by_model.items():
-        lows, highs = np.array(bounds).T
-        if len(bounds) > 1:
-            n += 1
-            together += bool(highs.max() <= ALIKE * lows.min())  # false where one is NaN
-            if np.nanmax(lows, initial=0) > ALIKE * np.nanmin(highs, initial=math.inf):
-                apart.append(model)
-    verdict = CONTRADICTS if apart else AGREES if n and together == n else UNDECIDED
-    return verdict, (
-        f"3, low thresholds of a model's tasks (Su et al. 2023 give no number for similar; here: 90 % intervals within a factor of "
-        f"{ALIKE}): of {n} models with two tasks or more, {together} have them within it, {len(apart)} apart by more "
-        f"{'(' + ', '.join(apart) + ') ' if apart else ''}and {n - together - len(apart)} can't be decided."
-    )
-
-
-def findings(main: list[Group], found: dict[tuple, Threshold]) -> list[tuple[int, str]]:
-    """Verdict and sentence for each finding; 1 twice, with and without the scales at random guess or at the ceiling."""
-    every, between = defaultdict(list), defaultdict(list)
-    for g in main:
-        if g.method == "apet" and g.positions >= 3:
-            line, point = (family(g.model), g.task, g.budget), (g.total, max(g.sd, FLOOR))
-            every[line].append(point)
-            if in_between(g, main):
-                between[line].append(point)
-
-    def thresholds_fall(kind: str, name: str) -> tuple[int, str]:
-        points, beyond = defaultdict(list), 0
-        for (model, total, task, what), t in found.items():
-            if what == kind and t.mark == "":
-                points[family(model), task].append((total, t.value))
-            beyond += what == kind and t.mark != ""
-        verdict, text = trend(name, points, "task of a family")
-        left = f" {beyond} thresholds beyond the measured budgets or without a usable full run are left out."
-        return verdict, text + left * (beyond > 0)
+    def row(what: str, cases: dict | list, judged: bool = False, border: float = 0) -> tuple[str, str, str, str]:
+        effects = list(map(slope, cases.values())) if isinstance(cases, dict) else cases
+        mean, low, high = interval(effects)
+        shown = [f"{10**x:.3g}" if border else f"{x:+.2f}" for x in (mean, low, high)]
+        text = ("factor " * (border > 0) + shown[0] + f" [{shown[1]}, {shown[2]}]" * (len(effects) > 1)) * bool(effects)
+        passes = f"{sum(x < border for x in effects)} of {len(effects)} "
+        of = passes + (f"models within {ALIKE}" if border else "tasks fall") if effects else "none"
+        verdict = "**for**" if high < border else "**against**" if low > border else "undecided"
+        return what, text, of, verdict if judged else "beside"
 
     return [
-        trend("1, sd over positions against scale", every, "budget of a task and family with 3 position seeds or more"),
-        trend("1, the same where the mean lies between random guess and full", between, "budget of a task and family"),
-        thresholds_fall("high", "2, high threshold against scale"),
-        similar(found),
-        (NO_CLAIM, thresholds_fall("low", "3, low threshold against scale")[1]),
+        row("1. larger models: less spread over random positions", by_unit(near), True),
+        row("the same at every budget and score", by_unit(every)),
+        row(f"2. larger models: a lower high threshold ({100 * SHARE:g} % of full's gain)", by_unit(at["high"]), True),
+        row("the same, level with full", by_unit(at["level with full"])),
+        row("3. a model's tasks: similar low thresholds, the largest / the smallest", factors, True, math.log10(ALIKE)),
+        row("low threshold against scale", by_unit(at["low"])),
+        row("where the paper starts: larger models, less spread among the four methods", by_unit(differ)),
     ]
+
+
+def power(main: list[Group]) -> str:
+    """How often finding 1 comes out for the paper, in studies simulated from a pilot's spreads.
+
+    log10(sd) is a line in log10(parameters) for each task, whose slope scatters over tasks as in the pilot, plus a scatter of each
+    budget and scale as in the pilot, plus what the sd of so few seeds is off by (chi-square), which the pilot's scatters are less.
+    """
+    rng, used = np.random.default_rng(0), within_reach(main)
+    lines = by_unit((g.unit, g.label, g.total, g.sd) for g in used)
+    if len(lines) < 2:
+        raise ValueError("a pilot needs two tasks with 3 position seeds at two scales where full fine-tuning is within reach")
+
+    def noise(seeds: int, *shape: int) -> np.ndarray:
+        return np.log10(rng.chisquare(seeds - 1, shape) / (seeds - 1)) / 2
+
+    fits, flat = {task: slope(ls) for task, ls in lines.items()}, [(task, x, y) for task, ls in lines.items() for x, y in ls]
+    rest = [y - y.mean() - fits[task] * (x - x.mean()) for task, x, y in flat]
+    by_seeds = noise(round(np.mean([len(g.scores) for g in used])), 100_000).var()
+    variance = sum(r @ r for r in rest) / max(1, sum(map(len, rest)) - len(rest) - len(fits))
+    scatter, off = math.sqrt(max(0, variance - by_seeds)), [sum(x.var() * len(x) for x, _ in ls) for ls in lines.values()]
+    tasks = math.sqrt(max(0, np.var(list(fits.values()), ddof=1) - np.mean(variance / np.array(off))))
+    scales = np.log10(sorted({g.total for g in used}))
+    x = scales - scales.mean()
+
+    def decided(true: float, n: int, budgets: int, seeds: int) -> str:
+        b = true + tasks * rng.standard_normal((STUDIES, n, 1, 1))
+        y = b * x + scatter * rng.standard_normal((STUDIES, n, budgets, len(x))) + noise(seeds, STUDIES, n, budgets, len(x))
+        b = (y @ x).mean(2) / (x @ x)
+        return f"{(b.mean(1) + T95[min(n - 1, 10)] * b.std(1, ddof=1) / math.sqrt(n) < 0).mean():.2f}"
+
+    designs = [(n, *design) for n in (5, 8, 11) for design in ((1, 3), (2, 3), (2, 5), (4, 3), (4, 10))]
+    rows = [[*map(str, d), *(decided(true, *d) for true in (0, -0.15, -0.3, -0.45, -0.6))] for d in designs]
+    head = ["tasks", "budgets", "position seeds", "slope 0", "-0.15", "-0.30", "-0.45", "-0.60"]
+    return (
+        f"pilot: {len(flat)} lines of {len(lines)} tasks, {sum(map(len, rest))} spreads; slopes of the tasks "
+        f"{', '.join(f'{b:+.2f}' for b in fits.values())}\n"
+        f"sd of the slope over tasks {tasks:.2f}, of a spread around its line {scatter:.2f}\n"
+        f"share of {STUDIES:,} studies on {len(x)} scales that decide for the paper, by the true slope:\n\n{table(head, rows)}"
+    )
 
 
 # --- Text ---
@@ -492,35 +504,6 @@ def compared(main: list[Group]) -> list[str]:
     return named or sorted(count, key=lambda label: (-count[label], -ordered(count).index(label)))[:1]
 
 
-def missing(main: list[Group]) -> list[str]:
-    """A line for each set of models and tasks that lacks the same runs."""
-    apet = [g for g in main if g.method == "apet"]
-    seeds = Counter(g.positions for g in apet)
-    usual = max(seeds, key=lambda n: (seeds[n], n), default=0)
-    tasks = defaultdict(set)
-    for g in main:
-        tasks[family(g.model)].add(g.task)
-    gaps = defaultdict(list)
-    for model, total in unique(g[:2] for g in main):
-        for task in sorted(tasks[family(model)]):
-            here = [g for g in main if g.case == (model, total, task)]
-            mine = [g for g in here if g.method == "apet"]
-            elsewhere = {g.label for g in apet if g.task == task and (not g.label[0].isdigit() or g.budget <= total)}
-            methods = [m for m in METHODS if all(g.method != m for g in here)]
-            budgets = ordered(elsewhere - {g.label for g in mine})
-            lacks = [f"no {', '.join(methods)}"] * bool(methods) + [f"no APET at {' · '.join(budgets)}"] * bool(budgets)
-            for n in sorted({g.positions for g in mine if g.positions < usual}):
-                few = " · ".join(g.label for g in mine if g.positions == n)
-                lacks.append(f"{n} of {usual} position seeds at {few}")
-            for lack in lacks if here else ["no run"]:
-                gaps[lack, task].append(model)
-    same = defaultdict(list)
-    for (lack, task), models in gaps.items():
-        same[", ".join(models), lack].append(task)
-    lines = [f"{models} on {', '.join(names)}: {lack}" for (models, lack), names in same.items()]
-    return lines[:20] + [f"and {len(lines) - 20} more"] * (len(lines) > 20)
-
-
 def about(runs: list[dict], notes: list[str]) -> list[str]:
     """What was read: models, dates, machines, versions, settings."""
 
@@ -543,52 +526,56 @@ def about(runs: list[dict], notes: list[str]) -> list[str]:
 def report(runs: list[dict], groups: list[Group], found: dict, notes: list[str], figures: list[str]) -> str:
     main = [g for g in groups if g.mask in (None, "random")]
     apet = [g for g in main if g.method == "apet"]
-    columns = [*METHODS, "head alone", *(f"APET, {label}" for label in compared(main))]
+    columns = ["full", "untuned", "head alone"]
+    columns += [c for m in METHODS[1:] for c in (m, f"APET, {m}")] + [f"APET, {x}" for x in compared(main) if x not in METHODS]
     by_mask = defaultdict(dict)
     for g in groups:
         if g.method == "apet":
             by_mask[g.model, g.task, g.budget][g.mask] = g
     masks = unique(["random", *sorted({g.mask for g in groups if g.method == "apet"})])
     structure = [[m, t, f"{k:,}", *(cell(gs.get(x)) for x in masks)] for (m, t, k), gs in by_mask.items() if len(gs) > 1]
-    limits, spreads = [], []
-    for model, total, task in unique(key[:3] for key in found):
-        limits.append([model, f"{total:,}", task, *(found[model, total, task, kind].text() for kind in ("low", "high"))])
-    for model, total in unique(key[:2] for key in found):
-        row = [model, f"{total:,}"]
-        for kind in ("low", "high"):
-            x = [t.value for key, t in found.items() if (*key[:2], key[3], t.mark) == (model, total, kind, "")]
-            row += [str(len(x)), *((f"{max(x) / min(x):.2f}", f"{spread(np.log10(x)):.2f}") if len(x) > 1 else ("", ""))]
-        spreads.append(row)
-    sentences = sorted(findings(main, found), key=lambda s: s[0])
+    cases = unique(key[:3] for key in found)
+    limits = [[m, f"{n:,}", task, *(found[m, n, task, kind].text() for kind in KINDS)] for m, n, task in cases]
     return TEXT.format(
-        read=bullets(about(runs, notes)),
-        missing=bullets(missing(main) or ["nothing"]),
-        methods=by_task(main, lambda g: g.column, columns),
-        budgets=by_task(apet, lambda g: g.label, ordered(g.label for g in apet)),
-        structure=table(["model", "task", "budget", *masks], structure),
-        thresholds=table(["model", "parameters", "task", "low", "high"], limits),
-        findings=bullets(f"{VERDICTS[v]} {text}" for v, text in sentences),
-        spreads=table(["model", "parameters", "low: tasks", "max/min", "sd", "high: tasks", "max/min", "sd"], spreads),
+        findings=table(["finding", "effect [90 % interval]", "cases", "verdict"], findings(main, found)),
         figures="\n".join(f"![{Path(f).stem}]({f})" for f in figures),
+        thresholds=table(["model", "parameters", "task", *KINDS], limits),
+        methods=by_task(main, lambda g: g.column, columns),
+        budgets=by_task(apet, lambda g: g.label, [x for x in ordered(g.label for g in apet) if x not in METHODS]),
+        structure=table(["model", "task", "budget", *masks], structure),
+        read=bullets(about(runs, notes)),
     ).lstrip()
 
 
 def rates(runs: list[dict]) -> str:
-    """A table of the scores at several learning rates, whatever else stayed the same."""
-    swept, auto = defaultdict(dict), {}  # {what stayed the same: {rate: score}}, and the rate that --lr auto chose there
-    fixed = ("model", "task", "steps", "method", "tuned_params", "mask", "mask_seed", "seed")
+    """A table of the scores at several learning rates, whatever else but the seeds stayed the same."""
+    swept, auto = defaultdict(lambda: defaultdict(dict)), {}  # {what stayed the same: {rate: {seeds: scores}}}; auto's rate there
+    fixed = ("model", "task", "steps", "method", "tuned_params", "mask")
     for r in sorted(runs, key=lambda r: r["date"]):
-        if r["trained"] and r["rate"] is not None:
+        if r["usable"] and r["rate"] is not None:
             key = setting(r, (*fixed, "where", "insert", "batch_size", "pool"))
-            swept[key][r["rate"]] = r["score"]
+            best = r["best"].get("score") if isinstance(r.get("best"), dict) else None
+            swept[key][r["rate"]][setting(r, ("mask_seed", "seed"))] = (r["score"], math.nan if best is None else best)
             if r["lr"] == "auto":
                 auto[key] = r["rate"]
-    rows = []
-    for key, scores in sorted(swept.items()):
-        if len(scores) > 1 or key not in auto:
-            shown = (f"{rate:.2g}: {score:.3f}{' (auto)' * (rate == auto.get(key))}" for rate, score in sorted(scores.items()))
-            rows.append([x.replace("None", "") for x in key[: len(fixed)]] + [" · ".join(shown)])
-    return f"# Learning rates\n\nMade by results/report.py --rates; do not edit.\n\n{table([*fixed, 'rate: score'], rows)}"
+    rows, lost = [], []
+    for key, by_rate in sorted(swept.items()):
+        if len(by_rate) == 1 and key in auto:
+            continue
+        seeds = set.intersection(*map(set, by_rate.values())) or set.union(*map(set, by_rate.values()))
+        means = {rate: np.mean([x[s] for s in seeds if s in x], axis=0) for rate, x in sorted(by_rate.items())}
+        shown = (f"{rate:.2g}: {score:.3f}{' (auto)' * (rate == auto.get(key))}" for rate, (score, _) in means.items())
+        loss = ""
+        if key in auto and all(best == best for _, best in means.values()):
+            lost.append(100 * float(max(means.values(), key=lambda x: x[1])[0] - means[auto[key]][0]))
+            loss = f"{lost[-1]:.1f}"
+        rows.append([x.replace("None", "") for x in key[: len(fixed)]] + [str(len(seeds)), " · ".join(shown), loss])
+    said = f"; {np.mean(lost):.1f} on average over {len(lost)} rows, {max(lost):.1f} at most" if lost else ""
+    return (
+        "# Learning rates\n\nMade by results/report.py --rates; do not edit. Scores: means over the seeds that all rates of a row\n"
+        f"have, else over all. auto loses: points, against the rate that is best on the validation rows{said}.\n\n"
+        + table([*fixed, "seeds", "rate: score", "auto loses"], rows)
+    )
 
 
 def write_csv(groups: list[Group], file: Path) -> None:
@@ -601,7 +588,7 @@ def write_csv(groups: list[Group], file: Path) -> None:
         for g in groups:
             numbers = [g.mean, g.sd, g.scores.min(), g.scores.max(), g.guess, g.majority, full.get(g.case, math.nan)]
             shown = ["" if math.isnan(x) else round(float(x), 6) for x in numbers]
-            rows.writerow([*g[:4], g.mask or "", g.budget, g.runs, g.positions, *shown])
+            rows.writerow([*g[:4], g.mask or "", g.budget, g.runs, len(g.scores) if g.method == "apet" else 0, *shown])
 
 
 # --- Figures ---
@@ -612,59 +599,49 @@ def style(i: int) -> dict:
     return {"color": COLOURS[i % 7], "marker": MARKERS[i % 11], "linestyle": LINES[i % 5], "markersize": 5, "linewidth": 1.4}
 
 
-def panels(titles: list[str], x: str, y: str, xs: list[int]) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A grid of at most three panels a row, with the same limits of x."""
-    columns = min(len(titles), 3)
-    rows = math.ceil(len(titles) / columns)
-    size = (max(4.6, 2.7 * columns), 2.3 * rows + 1)
+def panel_a_task(main: list[Group], x: str, y: str, xs: list[int]) -> tuple[plt.Figure, list[tuple[plt.Axes, list[Group]]]]:
+    """At most three panels a row, with the same limits of x; each with its task's groups."""
+    tasks = [[g for g in main if g.task == t] for t in sorted({g.task for g in main})]
+    columns = min(len(tasks), 3)
+    rows = math.ceil(len(tasks) / columns)
+    size = (max(4.6, 2.9 * columns), 2.4 * rows + 1)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(titles) :]:
+    for ax in axes.flat[len(tasks) :]:
         ax.remove()
-    for ax, title in zip(axes.flat, titles, strict=False):
-        ax.set_title(title, fontsize=9)
+    for ax, here in zip(axes.flat, tasks, strict=False):
+        ax.set_title(f"{here[0].task} ({here[0].metric})", fontsize=9)
         ax.set_xscale("log")
-        ax.set_xlim(min(xs) / 1.4, max(xs) * 1.4)
+        ax.set_xlim(min(xs) / 2, max(xs) * 2)
         ax.tick_params(which="both", labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(x, fontsize=9)
     figure.supylabel(y, fontsize=9)
-    return figure, list(axes.flat)[: len(titles)]
-
-
-def panel_a_task(main: list[Group], x: str, y: str, xs: list[int]) -> tuple[plt.Figure, list[tuple[plt.Axes, list[Group]]]]:
-    """A panel for each task, with its groups."""
-    tasks = [[g for g in main if g.task == t] for t in sorted({g.task for g in main})]
-    figure, axes = panels([f"{groups[0].task} ({groups[0].metric})" for groups in tasks], x, y, xs)
-    return figure, list(zip(axes, tasks, strict=True))
+    return figure, list(zip(axes.flat, tasks, strict=False))
 
 
 def line(ax: plt.Axes, points: list[tuple[float, float]], **look) -> None:
     ax.plot([x for x, _ in points], [y for _, y in points], **look)
 
 
-def explain(ax: plt.Axes, label: str, **look) -> None:
-    """A grey entry of the legend."""
-    line(ax, [], color="0.4", label=label, **look)
-
-
 def plot_scale(main: list[Group], found: dict) -> plt.Figure:
-    """Score against the model's size: each method, and APET beside them."""
+    """Score against the model's size: each method, filled, and APET at its number of scalars, hollow and dashed."""
     figure, axes = panel_a_task(main, "parameters of the model", "score", [g.total for g in main])
-    lines = [(m, style(i)) for i, m in enumerate(METHODS)]
-    lines += [(f"APET, {x}", style(METHODS.index(x) if x in METHODS else 5) | HOLLOW) for x in compared(main)]
+    looks = {m: style(i) | {"color": COLOURS[i - 1], "linestyle": "-"} for i, m in enumerate(METHODS)} | {"full": FULL}
     for ax, here in axes:
-        for name, look in lines:
-            points = [(g.total, g.mean) for g in here if g.column == name]
-            if points:
-                line(ax, points, label=name, **look)
-        ax.axhline(here[0].guess, linestyle=":", color="0.4", label="random guess")
+        for name in (*METHODS, *(x for x in compared(main) if x not in METHODS)):
+            look = looks.get(name, style(5))
+            for column, more in ((name, {}), (f"APET, {name}", {"linestyle": "--", "markerfacecolor": "white"})):
+                points = [(g.total, g.mean) for g in here if g.column == column]
+                if points:
+                    line(ax, points, label=column, **look | more)
+        line(ax, [(g.total, g.chance) for g in here], linestyle=":", color="0.4", label="chance")
     return figure
 
 
 def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
-    """Standard deviation over positions against the model's size: each budget."""
-    several = [g for g in main if g.positions > 1]
-    if not several:
+    """Standard deviation over positions against the model's size: each budget; filled where finding 1 looks."""
+    known, near = spreads(main), {g[:7] for g in within_reach(main)}
+    if not known:
         return None
     y = f"standard deviation over random positions (at least {FLOOR})"
     figure, axes = panel_a_task(main, "parameters of the model", y, [g.total for g in main])
@@ -672,66 +649,48 @@ def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
         ax.set_yscale("log")
         if ax is not axes[0][0]:
             ax.sharey(axes[0][0])
-        for i, label in enumerate(ordered(g.label for g in several)):
-            points = {(g.total, max(g.sd, FLOOR)): g for g in here if g.label == label and g.positions > 1}
-            line(ax, list(points), label=f"budget {label}", **style(i) | HOLLOW)
-            line(ax, [p for p, g in points.items() if in_between(g, main)], **style(i) | {"linestyle": "none"})
-        explain(ax, "filled: between guess and full", marker="s", markersize=5, linestyle="none")
+        for i, label in enumerate(ordered(g.label for g in known)):
+            points = {(g.total, max(g.sd, FLOOR)): g for g in spreads(here) if g.label == label}
+            line(ax, list(points), label=f"APET, {label}", **style(i) | {"markerfacecolor": "white"})
+            line(ax, [p for p, g in points.items() if g[:7] in near], **style(i) | {"linestyle": "none"})
+        line(ax, [], color="0.4", marker="s", markersize=5, linestyle="none", label="filled: counts in finding 1")
     return figure
 
 
 def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
-    """Score against APET's budget: each model."""
+    """Score against APET's budget: each model, with both thresholds, from untuned (at 1) to full; of one model the methods, too."""
     budgets, models = [g.budget for g in main if g.method == "apet"], unique(g[:2] for g in main)
     if not budgets:
         return None
-    figure, axes = panel_a_task(main, "budget (tuned scalars)", "score", budgets)
+    xs = [10**g.x for g in main if g.method in ("none", "apet", "full")]
+    figure, axes = panel_a_task(main, "budget (tuned scalars; none: at 1)", "score", xs)
+    hollow = {"linestyle": "none", "markerfacecolor": "white", "zorder": 3}
+    marks = {"low": {"marker": "o", "markersize": 8, **hollow}, "high": {"marker": "*", "markersize": 11, **hollow}}
+    square = {"marker": "s", "markersize": 6, "linestyle": "none"}
     for ax, here in axes:
         for i, model in enumerate(models):
-            for g in [g for g in here if g[:2] == model]:
-                if g.method == "full":
-                    ax.axhline(g.mean, color=COLOURS[i % 7], linestyle=LINES[i % 5], linewidth=0.8)
-                if g.method == "none":
-                    ax.axhline(g.mean, linestyle="-.", color="0.4", linewidth=0.8, label="head alone")
-            points = [(g.budget, g.mean, np.nan_to_num(g.sd)) for g in here if g[:2] == model and g.method == "apet"]
-            if points:
-                line(ax, [p[:2] for p in points], label=model[0], **style(i))
-                ax.errorbar(*zip(*points, strict=True), fmt="none", ecolor=COLOURS[i % 7], elinewidth=1.4, capsize=2)
-        if any(g.method == "full" for g in main):
-            explain(ax, "thin: full fine-tuning", linewidth=0.8)
-        ax.axhline(here[0].guess, linestyle=":", color="0.4", label="random guess")
-    return figure
-
-
-def plot_thresholds(main: list[Group], found: dict) -> plt.Figure | None:
-    """Low and high threshold against the model's size: each task."""
-    models, tasks = {g[:2] for g in main}, sorted({g.task for g in main})
-    usable = {key: t for key, t in found.items() if key[:2] in models and t.mark in ("", "<=", ">")}
-    if not usable:
-        return None
-    titles, totals = ["low threshold", "high threshold"], [g.total for g in main]
-    figure, axes = panels(titles, "parameters of the model", "budget (tuned scalars)", totals)
-    for ax, kind in zip(axes, ("low", "high"), strict=True):
-        ax.set_yscale("log")
-        for i, task in enumerate(tasks):
-            aside = 1.06 ** (i - len(tasks) / 2)  # so that intervals don't cover each other
-            points = [(key[1] * aside, t) for key, t in usable.items() if key[2:] == (task, kind)]
-            line(ax, [(x, t.value) for x, t in points if t.mark == ""], label=task, **style(i))
-            for x, t in points:
-                if not math.isnan(t.low):
-                    ax.plot([x, x], np.clip([t.low, t.high], t.smallest, t.largest), color=COLOURS[i % 7], linewidth=1)
-                if t.mark:
-                    ax.plot(x, t.value, **style(i) | HOLLOW | {"linestyle": "none"})
-                    sign = "≤" if t.mark == "<=" else ">"
-                    ax.annotate(sign, (x, t.value), (4, 0), textcoords="offset points", fontsize=8, va="center")
-        explain(ax, "90 % interval", linewidth=1)
-        explain(ax, "outside the budgets", marker="s", markersize=5, linestyle="none", **HOLLOW)
+            mine = sorted((g for g in here if g[:2] == model and g.method in ("none", "apet", "full")), key=lambda g: g.budget)
+            x, y, colour = [10**g.x for g in mine], [g.mean for g in mine], {"color": COLOURS[i % 7]}
+            if mine:
+                ax.errorbar(x, y, [np.nan_to_num(g.sd) for g in mine], elinewidth=1, **style(i) | {"marker": "."}, label=model[0])
+            line(ax, [(g.budget, g.mean) for g in mine if g.method == "full"], **colour, **square)
+            for kind, mark in marks.items():
+                t = found.get((*model, here[0].task, kind))
+                if t and t.mark in ("", "<="):
+                    line(ax, [(t.value, np.interp(math.log10(t.value), np.log10(x), y))], **colour, **mark)
+        for g in (g for g in here if len(models) == 1 and g.method in METHODS[1:]):
+            line(ax, [(g.budget, g.mean)], label=g.method, **style(METHODS.index(g.method)) | {"linestyle": "none"})
+        for kind, mark in marks.items():
+            line(ax, [], color="0.4", label=f"{kind} threshold", **mark)
+        line(ax, [], color="0.4", label="full fine-tuning", **square)
+        ax.axhline(here[0].chance, linestyle=":", color="0.4", label="chance")
     return figure
 
 
 def draw(main: list[Group], found: dict, out: Path, suffix: str) -> list[str]:
     """The names of one family's figures; those without data are left out."""
-    plots = {"scale": plot_scale, "positions": plot_positions, "budget": plot_budget, "thresholds": plot_thresholds}
+    plots = {"scale": plot_scale, "positions": plot_positions} if len({g.total for g in main}) > 1 else {}
+    plots["budget"] = plot_budget
     figures = {f"{kind}{suffix}.png": plot(main, found) for kind, plot in plots.items()}
     figures = {name: figure for name, figure in figures.items() if figure}
     for name, figure in figures.items():
@@ -772,23 +731,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="for what is made; default: where the first PATH lies")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--rates", action="store_true", help="report.md is about sweeps over the learning rate")
+    kind.add_argument("--power", action="store_true", help="simulate how often a study would decide finding 1; nothing is written")
     kind.add_argument("--pack", type=Path, metavar="FILE", help="write the runs to FILE, a line each, and no report")
     args = parser.parse_args(argv)
     out = args.out or (args.paths[0].parent if args.paths[0].is_file() else args.paths[0])
-    results, notes = read(args.paths)
-    for note in notes:
-        print(f"report: {note}", file=sys.stderr)
     try:
+        results, notes = read(args.paths)
+        for note in notes:
+            print(f"report: {note}", file=sys.stderr)
         if not results:
             raise ValueError("no result of apet.py")
         if args.pack and notes:
             raise ValueError(f"{args.pack} is not written: it would lack what was skipped")
         if args.pack:
-            print(f"{pack(results, args.pack)} runs: {args.pack}")
+            lines = sorted({json.dumps(r) + "\n" for r in results})  # each run once; the name comes first
+            new = args.pack.with_name(args.pack.name + ".new")
+            new.write_text("".join(lines), encoding="utf-8")
+            os.replace(new, args.pack)
+            print(f"{len(lines)} runs: {args.pack}")
         elif args.rates:
             out.mkdir(parents=True, exist_ok=True)
             (out / "report.md").write_text(rates([flat(r) for r in results]), encoding="utf-8")
             print(f"{len(results)} runs: report.md in {out}")
+        elif args.power:
+            print(power([g for g in collect(choose([flat(r) for r in results])[0]) if g.mask in (None, "random")]))
         else:
             print(compare(results, notes, out))
     except (OSError, ValueError) as e:

@@ -72,6 +72,36 @@ def test_options_choose_and_wrong_ones_are_one_line():
         assert len(outcome.stderr.splitlines()) == 1 and not outcome.stdout
 
 
+def test_the_offline_study_has_what_the_figures_compare():
+    """At each scale and task: the methods, APET at each method's own number of scalars, and position seeds for finding 1."""
+    by_case = collections.defaultdict(list)
+    for cell in (cell for line in listed("--offline") for cell in cells(line)):
+        by_case[cell.model, cell.task].append(cell)
+    assert len(by_case) == 4 * 5
+    steps = int(re.search(r"STEPS = (\d+)", (ROOT / "results" / "toy" / "PROTOCOL.md").read_text())[1])
+    for every in by_case.values():
+        assert sorted(c.seed for c in every if c.method == "full") == [0, 1]
+        assert {c.method for c in every} == {"none", "apet", "full", *apet.COUNTED}
+        seeds = collections.Counter(c.budget for c in every if c.mask == "random")
+        assert {*apet.COUNTED, "1e1", "1e2", "1e3"} == set(seeds) and min(seeds.values()) > 1
+        assert min(seeds["lora"], seeds["bitfit"]) >= 3
+        assert {(c.steps, c.eval_size, c.lr) for c in every if c.method != "none"} == {(steps, None, "auto")}
+    assert {c.mask for c in by_case["toy-base", "toy-qa"] if c.mask} == set(apet.MASKS)
+
+
+def test_the_quick_study_has_a_folder_of_its_own():
+    for more, name in ([], "offline"), (["--quick"], "quick"):
+        assert {Path(c.out).parts[-2:] for line in listed("--offline", *more) for c in cells(line)} == {("results", name)}
+
+
+def test_a_list_whose_reader_has_gone_starts_nothing(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*" >>"$NOTES"\n')
+    (tmp_path / "python").chmod(0o755)
+    more = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(tmp_path / "notes")}
+    subprocess.run(f"{GRID} --list --offline --out {tmp_path}/out | true", shell=True, env=environment(**more), timeout=120)
+    assert not (tmp_path / "notes").exists() and not (tmp_path / "out").exists()
+
+
 def test_a_command_that_fails_stops_no_other_and_is_named_with_its_reason(tmp_path):
     """A stand-in for python notes its GPUs and its command, fails for one task and is killed in another."""
     (tmp_path / "python").write_text(
@@ -96,11 +126,11 @@ def test_a_command_that_fails_stops_no_other_and_is_named_with_its_reason(tmp_pa
 def test_progress_counts_the_runs_of_the_chosen_experiments_alone(tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\n")
     (tmp_path / "python").chmod(0o755)
-    names = ["full-s0", "full-s1", "lora-s0", "apet-random-1e3-p0-s0", "apet-random-1e1-p1-s0", "apet-row-1e4-p0-s0"]
+    names = ["full-s0", "full-s1", "lora-s0", "none", "apet-random-lora-p0-s0", "apet-random-1e1-p1-s0", "apet-row-lora-p0-s0"]
     for name in names:
         (tmp_path / f"toy-base-toy-qa-{name}-0123abcd.json").touch()
     options = ["--offline", "--quick", "--models", "toy-base", "--tasks", "toy-qa", "--out", tmp_path]
-    for experiment, count in (("full", "2 of 2"), ("methods", "1 of 4"), ("position", "1 of 4"), ("budget", "1 of 6"),
+    for experiment, count in (("full", "2 of 2"), ("methods", "2 of 5"), ("position", "1 of 4"), ("budget", "1 of 10"),
                               ("structure", "1 of 11"), ("full,structure", "3 of 13")):  # fmt: skip
         outcome = grid(*options, "--experiments", experiment, PATH=f"{tmp_path}:{os.environ['PATH']}")
         assert outcome.stderr.splitlines()[-1].startswith(f"{count} runs done, 0 commands failed, "), outcome.stderr
@@ -194,6 +224,8 @@ def test_an_interrupted_study_continues_and_redoes_nothing(tmp_path):
         "toy-sentiment",
         "--experiments",
         "budget",
+        "--seeds",
+        "1",
         "--out",
         tmp_path,
     ]
@@ -210,7 +242,7 @@ def test_an_interrupted_study_continues_and_redoes_nothing(tmp_path):
     assert again.returncode == 0, again.stderr
     assert {f.stem[:-8] for f in tmp_path.glob("*.json")} == expected
     assert {f: f.stat().st_mtime_ns for f in done} == done
-    assert "4 of 4 runs done, 0 commands failed" in again.stderr
+    assert "5 of 5 runs done, 0 commands failed" in again.stderr
     assert all(json.loads(f.read_text())["loss_curve"] for f in tmp_path.glob("*.json"))
 
 
