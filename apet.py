@@ -13,7 +13,7 @@ After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient T
     python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a run
     torchrun --nproc_per_node 4 apet.py --model t5-3b --task mnli   data-parallel
 
-From top to bottom: APET - its fast path - positions - save and load - the other methods - tasks - models - batches and scores -
+From top to bottom: APET - its fast path - positions - save and load - the other methods - tasks - models, batches and scores -
 training - the command line. Whoever wants the method alone copies down to "The other methods".
 """
 
@@ -1679,7 +1679,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         other = args.task not in (None, about.get("task"))  # its columns have other names
         names = ("model", "task", "method", "insert", *(DATA_FLAGS[2:] if other else DATA_FLAGS))
         try:
-            if about.get("format") != "apet 1":
+            if about.get("format") != "apet 2":
                 raise UserError("not of this version")
             made = parser().parse_args([f"--{name.replace('_', '-')}={about[name]}" for name in names if about.get(name)])
         except UserError as e:
@@ -1786,7 +1786,7 @@ def write_result(run: Run, tuned: Tuned, result: dict) -> None:
     """The delta, the result, then a plain Hugging Face checkpoint; the state has served."""
     args, file = run.args, os.path.join(run.args.out, run.args.name)
     about = {n: getattr(args, n) or "" for n in ("model", "task", "method", *DATA_FLAGS)}
-    about |= {"format": "apet 1", "run": args.name, "insert": ",".join(args.insert)}
+    about |= {"format": "apet 2", "run": args.name, "insert": ",".join(args.insert)}
     if tuned.params and not args.load and (args.save or args.method != "full"):
         result["delta"] = args.save or f"{file}.safetensors"
         if tuned.apet:

@@ -897,7 +897,7 @@ def test_whatever_a_result_file_holds_it_is_used_or_one_line(tmp_path_factory, p
 def test_whatever_a_delta_says_of_itself_it_is_read_or_one_line(tmp_path_factory, about):
     file = str(tmp_path_factory.getbasetemp() / "about.safetensors")
     about = {k: v.encode(errors="replace").decode() for k, v in about.items()}
-    apet.save_tensors({"values": torch.zeros(1)}, file, {"format": "apet 1", **about})
+    apet.save_tensors({"values": torch.zeros(1)}, file, {"format": "apet 2", **about})
     try:
         args = apet.check_args(apet.parser().parse_args(["--load", file]))
         assert args.method[0] in apet.METHODS and args.max_source_length >= 8
