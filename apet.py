@@ -1243,12 +1243,17 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
         given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
         start = next(i for i in given if i is not None) if family == "seq2seq" else None
         model.generation_config = hf.GenerationConfig(decoder_start_token_id=start, **own)
-    if args.gradient_checkpointing:  # not the reentrant kind, which gives no gradient when a segment's inputs are frozen
-        with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.gradient_checkpointing:
+        use_checkpointing(model)
     model = model if args.device_map else model.to(args.device)
     facts = {"path": args.model if os.path.isdir(path) else path, "revision": model_revision(args.model), "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
+
+
+def use_checkpointing(model: nn.Module) -> None:
+    """Not the reentrant kind, which gives no gradient when a segment's inputs are frozen."""
+    with warnings.catch_warnings(action="ignore"):  # renamed in transformers 5.23; the old name works in all of 5
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
@@ -1582,7 +1587,16 @@ def train(run: Run, tuned: Tuned, lr: float, record: dict, state_file: str) -> N
     options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
     with tqdm(**options, disable=ranks()[0] > 0) as bar:
         while record["step"] < args.steps:
-            waiting.append(train_step(run, tuned, optimizer, record))
+            try:
+                waiting.append(train_step(run, tuned, optimizer, record))
+            except torch.OutOfMemoryError:
+                if args.gradient_checkpointing or ranks()[1] > 1:
+                    raise
+                say(f"{args.label}: out of memory; from here on with --gradient-checkpointing")
+                args.gradient_checkpointing = True
+                use_checkpointing(run.model)
+                optimizer.zero_grad()
+                continue
             due = record["step"] % args.eval_every == 0 or record["step"] == args.steps
             if due:
                 evaluate()
@@ -1590,8 +1604,7 @@ def train(run: Run, tuned: Tuned, lr: float, record: dict, state_file: str) -> N
                 look()
                 began = time.monotonic()
                 write_file(state_file, functools.partial(torch.save, state))
-                saved = time.monotonic()
-                pause = max(60, 20 * (saved - began))  # seconds
+                saved, pause = time.monotonic(), max(60, 20 * (time.monotonic() - began))  # seconds
             if bar.update():  # it is drawn, every half second
                 look()
                 bar.set_postfix(loss=f"{record['loss'][-1]:.3f}", refresh=False)

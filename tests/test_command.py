@@ -918,6 +918,23 @@ def test_an_error_that_nobody_foresaw_is_one_line_that_says_what_failed_and_stat
         apet.main([*SMALL, "--out", str(tmp_path)])
 
 
+def test_memory_that_runs_out_is_met_with_checkpointing_and_the_same_numbers(tmp_path, monkeypatch):
+    original, calls = apet.loss_sum, []
+
+    def once(run, examples):
+        calls.append(any(getattr(m, "gradient_checkpointing", False) for m in run.model.modules()))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(run, examples)
+
+    run("--budget", "100", out=tmp_path / "a")
+    monkeypatch.setattr(apet, "loss_sum", once)
+    run("--budget", "100", out=tmp_path / "b")
+    assert calls[:2] == [False, False] and all(calls[2:]) and len(calls) == 2 + 5
+    a, b = only(tmp_path / "a"), only(tmp_path / "b")
+    assert b["loss_curve"] == pytest.approx(a["loss_curve"], rel=1e-4) and b["arguments"]["gradient_checkpointing"]
+
+
 @pytest.mark.parametrize("where", ["train_step", "predict"])
 def test_memory_that_runs_out_is_one_line_that_names_the_flags(tmp_path, monkeypatch, capsys, where):
     def full(*args):
