@@ -1660,7 +1660,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", each(seed), "seed of training: data order, dropout; a list sweeps", "0")
     lr = each(lambda text: text if text == "auto" else rate(text))
     add("--lr", lr, "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
-    add("--steps", count, "optimizer steps (default: the authors' 20,000; 600 for the toy tasks, under a CPU minute)")
+    add("--steps", count, "optimizer steps (default: the authors' 20,000; 200 for the toy tasks)")
     add("--batch-size", size, "examples a step, over all micro-batches and processes (default: 32, the authors')", "32")
     add("--grad-accum", size, "micro-batches a step, each of examples of like length", "1")
     add("--max-source-length", partial(number, whole, 8, 100_000), "tokens (default: 128, the authors')")
@@ -1702,7 +1702,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
     for name, default in defaults.items():
         setattr(args, name, getattr(args, name) or default)
     toy = args.task.startswith("toy-")
-    args.steps = args.steps or (600 if toy else 20_000)
+    args.steps = args.steps or (200 if toy else 20_000)
     args.eval_every = args.eval_every or max(1, args.steps // (4 if toy else 20))
     if args.dropout is None and args.model in TOY_MODELS:
         args.dropout = 0.0

@@ -288,7 +288,10 @@ def test_budgets_are_read_as_people_write_them():
         (dict(budget=None, mask={"shared.weight": None}), "flat list of different whole numbers"),
         (dict(budget=None, mask={"shared.weight": "12"}), "flat list of different whole numbers"),
         (dict(budget=None, mask={"shared.weight": torch.eye(3).to_sparse()}), "flat list of different whole numbers"),
-        (dict(budget=None, mask={"shared.weight": torch.ones(3, dtype=torch.int64, device="meta")}), "flat list of different whole numbers"),
+        (
+            dict(budget=None, mask={"shared.weight": torch.ones(3, dtype=torch.int64, device="meta")}),
+            "flat list of different whole numbers",
+        ),
         (dict(budget=None, mask={3: [1]}), "unknown parameter"),
         (dict(budget=1, mask="gradient"), "needs batches"),
         (dict(budget=None, mask={}), "positions are empty"),
