@@ -219,7 +219,7 @@ def test_a_delta_can_be_read_without_apet(tmp_path):
 def test_a_delta_for_another_model_is_a_clear_error(tmp_path):
     file = tmp_path / "d.safetensors"
     APET(build("t5-untied"), 5000).save(file)
-    with pytest.raises(ValueError, match="made for another model: .* there and not in this one"):
+    with pytest.raises(ValueError, match=r"made for another model: .* there and not in this one"):
         APET.load(build("t5"), file)
     APET(torch.nn.Linear(4, 5), 3).save(file)
     other = torch.nn.Linear(5, 4)
