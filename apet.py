@@ -451,15 +451,15 @@ def select_positions(
     """Choose exactly `budget` scalars of `model`: {parameter name: sorted int64 flat (row-major) indices, on the CPU}.
 
     Names and order are those of `model.named_parameters()`: a shared (tied) parameter counts once, by identity. The choice depends
-    on the model's shapes and the arguments ("magnitude", "gradient": on weights, too), on no machine or device. Memory is O(budget),
-    but for "magnitude" (copies of one tensor) and "gradient" (gradients and squares of all). ValueError for what can't be chosen.
+    on the model's shapes and the arguments ("magnitude", "gradient": on weights, too), on no machine or device. Memory is
+    O(budget), but for "magnitude" (copies of one tensor) and "gradient" (gradients and squares of all). Raises ValueError.
 
     budget: a number of scalars; "1e4", "10_000"; "0.1%" of all the model's scalars, whatever `where` says; or "lora", "adapter",
         "prompt", "bitfit": as many as that method trains on this model.
     mask: "random" scalars; whole "row"s, "column"s or 16 x 16 "block"s in random order, the last one cut to the exact count (a
-        matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long as they fit, the next
-        one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches` (equal scores: the first); or the
-        caller's own {name: flat indices}, when `budget` may be None.
+        matrix is (shape[0], rest); a vector is one row and one column); whole "tensor"s in random order as long as they fit, the
+        next one cut; the largest by "magnitude" |w|, or by squared "gradient" summed over `batches` (equal scores: the first);
+        or the caller's own {name: flat indices}, when `budget` may be None.
     where: one of WHERE, "layers:0-3", or a regular expression searched for in the parameter names.
     batches: for "gradient": keyword arguments of the model, labels included, or functions that return a loss.
     """
