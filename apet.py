@@ -1448,10 +1448,11 @@ def tune_whole(params: dict[str, nn.Parameter], undo: contextlib.ExitStack) -> t
 
 def auto_lr(method: str, budget: int, family: str) -> float:
     """AdamW's rate, by sweeps (results/README.md): for APET, more for fewer scalars (Xu & Zhang, ICML 2024)."""
-    full = 3e-4 if family == "seq2seq" else 1e-4
-    if method == "apet":
-        return min(1e-1, max(full, 1.5e-2 * (1e4 / budget) ** 0.75))
-    return {"full": full, "prompt": 3e-2}.get(method, 1e-3)
+    if family == "seq2seq":  # swept on the toy T5s; full: the authors'
+        rates = {"full": 3e-4, "apet": min(1.0, max(3e-4, 100 / budget)), "bitfit": 1e-2, "prompt": 1e-1}
+    else:  # swept on MiniLM, a BERT; full and prompt: the authors'
+        rates = {"full": 1e-4, "apet": min(0.1, max(1e-4, 15 * budget**-0.75)), "prompt": 3e-2}
+    return rates.get(method, 1e-3)
 
 
 def ranks() -> tuple[int, int]:
