@@ -719,12 +719,12 @@ def check() -> None:
 # ------------------------------------------------------------------------------------------------ pretraining
 
 SCALES = {  # shape (layers: in encoder and in decoder), learning rate, steps of the first stage's rounds, and of the second stage
-    "tiny": dict(d_model=32, d_ff=96, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(6000, 3000), second=8000),
-    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500), second=10000),
-    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000), second=12000),
-    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400), second=14000),
+    "tiny": dict(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(3000, 1500), second=5000),
+    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500), second=7000),
+    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000), second=7000),
+    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400), second=12000),
 }
-POOL = 16  # batches drawn at a time, so that each has texts of similar length
+POOL = {1: 16, 2: 64}  # batches drawn at a time, so that each has texts of similar length
 LOOK = 512  # steps from one look at the held-out loss to the next
 BATCH = 32
 
@@ -760,8 +760,8 @@ def cut(first: list[int], rest: list[int], rng: random.Random) -> tuple[list[int
     return [*first, 1], [*rest, 1]
 
 
-def batches(tokenizer, rng: random.Random, texts: list[tuple[str, str]], arrange) -> list[dict]:
-    """Texts as batches of similar length, in any order; `arrange` makes source and target of a text's two parts."""
+def batches(tokenizer, rng: random.Random, texts: list[tuple[str, str]], stage: int) -> list[dict]:
+    """Texts as batches of similar length, in any order."""
     import torch
 
     def padded(rows: list[list[int]], fill: int):
@@ -769,8 +769,12 @@ def batches(tokenizer, rng: random.Random, texts: list[tuple[str, str]], arrange
         return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
     encoded = [tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*texts, strict=True)]
+    arrange = corrupt if stage == 1 else cut
     pairs = [arrange(first.ids, rest.ids, rng) for first, rest in zip(*encoded, strict=True)]
-    pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
+    if stage == 1:
+        pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
+    else:  # targets of four lengths at most: a third less to compute than above
+        pairs.sort(key=lambda pair: (len(pair[1]) // 4, len(pair[0])))
     groups = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
     rng.shuffle(groups)
     made = []
@@ -837,19 +841,19 @@ def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, eve
     """AdamW over one round, from where `begun` stopped; `keep` saves what goes on from here. Returns the held-out curve."""
     import torch
 
-    words, steps, peak = all_words(), turn["steps"], SCALES[scale]["lr"]
+    words, stage, steps, peak = all_words(), turn["stage"], turn["steps"], SCALES[scale]["lr"]
 
-    def draw(rng: random.Random, step: int, size: int) -> list[dict]:
-        if turn["stage"] == 2:
-            return batches(tokenizer, rng, [second_document(rng, words) for _ in range(size)], cut)
-        ease = max(0.0, 1 - step / (turn["easy"] * steps)) if turn["easy"] else 0.0
-        return batches(tokenizer, rng, [document(rng, words, ease, turn["late"]) for _ in range(size)], corrupt)
+    def draw(rng: random.Random, step: int, pool: int) -> list[dict]:
+        ease = max(0.0, 1 - step / (turn["easy"] * steps)) if turn.get("easy") else 0.0
+        if stage == 1:
+            return batches(tokenizer, rng, [document(rng, words, ease, turn["late"]) for _ in range(BATCH * pool)], stage)
+        return batches(tokenizer, rng, [second_document(rng, words) for _ in range(BATCH * pool)], stage)
 
-    held_out = draw(random.Random(f"{turn['seed']}, held out"), steps, BATCH * POOL)
+    held_out = draw(random.Random(f"{turn['seed']}, held out"), steps, 16)
     # T5 does not divide attention scores by the root of the width, so its queries and keys want a smaller rate
     sharp = [p for name, p in model.named_parameters() if name.endswith((".q.weight", ".k.weight"))]
     rest = [p for name, p in model.named_parameters() if not name.endswith((".q.weight", ".k.weight"))]
-    optimizer = torch.optim.AdamW([dict(params=rest, part=1.0), dict(params=sharp, part=0.3)], betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW([dict(params=rest, part=1.0), dict(params=sharp, part=0.3)], betas=(0.9, 0.98), weight_decay=0.0, fused=stage == 2)
     rng, step, curve, losses = random.Random(turn["seed"]), 0, [], []
     if begun:
         optimizer.load_state_dict(begun["optimizer"])
@@ -858,10 +862,10 @@ def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, eve
     model.train()
     began = kept = time.time()
     while step < steps:
-        for batch in draw(rng, step, BATCH * POOL)[: steps - step]:
+        for batch in draw(rng, step, POOL[stage])[: steps - step]:
             step += 1
             for group in optimizer.param_groups:
-                group["lr"] = group["part"] * peak * rate(turn["stage"], step, steps)
+                group["lr"] = group["part"] * peak * rate(stage, step, steps)
             loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
@@ -870,8 +874,8 @@ def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, eve
             losses.append(loss.item())
         if step % LOOK == 0 or step == steps:
             loss, seen = held_out_loss(model, held_out), sum(losses) / len(losses)
-            curve.append(dict(stage=turn["stage"], step=step, training=round(seen, 4), held_out=round(loss, 4)))
-            print(f"{scale}, stage {turn['stage']}, step {step}/{steps}: held-out {loss:.3f}, {time.time() - began:.0f} s", flush=True)
+            curve.append(dict(stage=stage, step=step, training=round(seen, 4), held_out=round(loss, 4)))
+            print(f"{scale}, stage {stage}, step {step}/{steps}: held-out {loss:.3f}, {time.time() - began:.0f} s", flush=True)
             losses = []
         if step < steps and time.time() - kept > every:  # between pools, where the random state says all that comes
             keep(dict(optimizer=optimizer.state_dict(), random=rng.getstate(), step=step, curve=curve, losses=losses))
