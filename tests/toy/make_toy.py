@@ -551,12 +551,19 @@ VERDICTS = {  # how running text says what a task's label means; the label is ne
     "inference": ["that is {}.", "so that is {}.", "in short, that is {}.", "it is {}.", "{name} said that is {}.", "who knows? {}."],
     "paraphrase": ["they are {}.", "so they are {}.", "in short, they are {}.", "in other words, they are {}.", "{name} said they are {}."],
 }
-SECOND_GENRES = {"sentiment": 14, "inference": 32, "paraphrase": 22, "qa": 16, "summary": 10}  # percent; the rest is the first stage's
+SECOND_GENRES = {  # percent of the documents, at first and in the late round: who has what is learned last; the rest is the first stage's
+    "sentiment": (14, 10),
+    "inference": (32, 22),
+    "paraphrase": (22, 12),
+    "qa": (16, 38),
+    "summary": (10, 12),
+}
 
 
-def second_document(rng: random.Random, words: list[str]) -> tuple[str, str]:
+def second_document(rng: random.Random, words: list[str], late: bool = False) -> tuple[str, str]:
     """A text in two parts, whose second part says in running words what the first comes down to; no text of a task's row."""
-    genre = rng.choices([*SECOND_GENRES, ""], [*SECOND_GENRES.values(), 100 - sum(SECOND_GENRES.values())])[0]
+    shares = [pair[late] for pair in SECOND_GENRES.values()]
+    genre = rng.choices([*SECOND_GENRES, ""], [*shares, 100 - sum(shares)])[0]
     name, other = rng.sample(PEOPLE, 2)
     while True:
         if not genre:
@@ -718,11 +725,11 @@ def check() -> None:
 
 # ------------------------------------------------------------------------------------------------ pretraining
 
-SCALES = {  # shape (layers: in encoder and in decoder), learning rate, steps of the first stage's rounds, and of the second stage
-    "tiny": dict(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(3000, 1500), second=5000),
-    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500), second=7000),
-    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000), second=7000),
-    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400), second=12000),
+SCALES = {  # shape (layers: in encoder and in decoder), learning rate, steps of the rounds of both stages, the last of which are late ones
+    "tiny": dict(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(3000, 1500), second=(4000, 2000)),
+    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500), second=(5000, 2500)),
+    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000), second=(7000, 3500)),
+    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400), second=(6528, 6000)),
 }
 POOL = {1: 16, 2: 64}  # batches drawn at a time, so that each has texts of similar length
 LOOK = 512  # steps from one look at the held-out loss to the next
@@ -809,12 +816,12 @@ def new_model(scale: str, vocabulary: int, seed: int = SEED):
 
 def plan(scale: str, steps: int | None = None) -> list[dict]:
     """The rounds of both stages, each from the weights that the one before would have saved. Only the first begins easy."""
-    rounds, second = (SCALES[scale]["rounds"], SCALES[scale]["second"]) if steps is None else ((steps,), steps)
-    made = [
-        dict(stage=1, steps=n, seed=f"{SEED} pretrain" + (f" {i}" if i else ""), easy=0.0 if i else 0.3, late=0 < i == len(rounds) - 1)
+    first, second = (SCALES[scale]["rounds"], SCALES[scale]["second"]) if steps is None else ((steps,), (steps, steps))
+    return [
+        dict(stage=stage, steps=n, seed=f"{SEED} {name}" + (f" {i}" if i else ""), easy=stage == 1 and i == 0, late=0 < i == len(rounds) - 1)
+        for stage, name, rounds in ((1, "pretrain", first), (2, "second stage", second))
         for i, n in enumerate(rounds)
     ]
-    return [*made, dict(stage=2, steps=second, seed=f"{SEED} second stage")]
 
 
 def rate(stage: int, step: int, steps: int) -> float:
@@ -844,10 +851,10 @@ def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, eve
     words, stage, steps, peak = all_words(), turn["stage"], turn["steps"], SCALES[scale]["lr"]
 
     def draw(rng: random.Random, step: int, pool: int) -> list[dict]:
-        ease = max(0.0, 1 - step / (turn["easy"] * steps)) if turn.get("easy") else 0.0
+        ease = max(0.0, 1 - step / (0.3 * steps)) if turn["easy"] else 0.0
         if stage == 1:
             return batches(tokenizer, rng, [document(rng, words, ease, turn["late"]) for _ in range(BATCH * pool)], stage)
-        return batches(tokenizer, rng, [second_document(rng, words) for _ in range(BATCH * pool)], stage)
+        return batches(tokenizer, rng, [second_document(rng, words, turn["late"]) for _ in range(BATCH * pool)], stage)
 
     held_out = draw(random.Random(f"{turn['seed']}, held out"), steps, 16)
     # T5 does not divide attention scores by the root of the width, so its queries and keys want a smaller rate
@@ -884,7 +891,7 @@ def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, eve
 
 
 def pretrain(scale: str, steps: int | None = None, out: Path | None = None, start: Path | None = None, every: float = 60) -> None:
-    """Both stages, from what a stopped run left beside the model; from the weights in `start`, the second alone."""
+    """Both stages, from what a stopped run left beside the model; from the weights in `start`, the second stage alone."""
     import torch
     from tokenizers import Tokenizer
     from transformers import T5ForConditionalGeneration
@@ -895,7 +902,7 @@ def pretrain(scale: str, steps: int | None = None, out: Path | None = None, star
     state_file, rounds = final.with_name(final.name + ".state"), plan(scale, steps)
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     model = new_model(scale, tokenizer.get_vocab_size())
-    state = dict(turn=len(rounds) - 1 if start else 0, curves=[], seconds=0.0)
+    state = dict(turn=len(rounds) - 2 if start else 0, curves=[], seconds=0.0)
     if start:
         model = T5ForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     if state_file.exists():
