@@ -18,6 +18,7 @@ machine with one thread and one version of torch.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -551,11 +552,31 @@ def make_task(name: str) -> dict[str, list[dict]]:
 # ------------------------------------------------------------------------------------------------ text of the second stage
 
 VERDICTS = {  # how running text says what a task's label means; the label is never the first word
-    "sentiment": ["all in all, {}.", "in short, it was {}.", "so it was {}.", "in other words, {}.", "it was {}.", "{name} said: {}."],
-    "inference": ["that is {}.", "so that is {}.", "in short, that is {}.", "it is {}.", "{name} said that is {}.", "who knows? {}."],
-    "paraphrase": ["they are {}.", "so they are {}.", "in short, they are {}.", "in other words, they are {}.", "{name} said they are {}."],
+    "sentiment": [
+        "all in all, {}.",
+        "in short, it was {}.",
+        "so it was {}.",
+        "in other words, {}.",
+        "it was {}.",
+        "{name} said: {}.",
+    ],
+    "inference": [
+        "that is {}.",
+        "so that is {}.",
+        "in short, that is {}.",
+        "it is {}.",
+        "{name} said that is {}.",
+        "who knows? {}.",
+    ],
+    "paraphrase": [
+        "they are {}.",
+        "so they are {}.",
+        "in short, they are {}.",
+        "in other words, they are {}.",
+        "{name} said they are {}.",
+    ],
 }
-SECOND_GENRES = {  # percent of the documents, at first and in the late round: who has what is learned last; the rest is the first stage's
+SECOND_GENRES = {  # percent, at first and in the late round: who has what is learned last; the rest is stage 1's
     "sentiment": (14, 10),
     "inference": (32, 22),
     "paraphrase": (22, 12),
@@ -729,11 +750,13 @@ def check() -> None:
 
 # ------------------------------------------------------------------------------------------------ pretraining
 
-SCALES = {  # shape (layers: in encoder and in decoder), learning rate, steps of the rounds of both stages, the last of which are late ones
-    "tiny": dict(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(3000, 1500), second=(3000, 1500)),
-    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500), second=(5000, 2500)),
-    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000), second=(7000, 2500)),
-    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400), second=(6528, 5000)),
+SCALES = {  # shape (layers: in encoder and in decoder), rate, steps of the rounds of both stages; a stage's last is its late one
+    "tiny": dict(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, first=(3000, 1500), second=(3000, 1500)),
+    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, first=(7000, 3500), second=(5000, 2500)),
+    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, first=(8000, 4000), second=(7000, 2500)),
+    "large": dict(
+        d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, first=(3200, 3200, 6400), second=(6528, 5000)
+    ),
 }
 POOL = {1: 16, 2: 64}  # batches drawn at a time, so that each has texts of similar length
 LOOK = 512  # steps from one look at the held-out loss to the next
@@ -800,7 +823,7 @@ def new_model(scale: str, vocabulary: int, seed: int = SEED):
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    shape = {key: value for key, value in SCALES[scale].items() if key not in ("lr", "rounds", "second")}
+    shape = {key: value for key, value in SCALES[scale].items() if key not in ("lr", "first", "second")}
     config = T5Config(
         vocab_size=vocabulary,
         **shape,
@@ -820,12 +843,13 @@ def new_model(scale: str, vocabulary: int, seed: int = SEED):
 
 def plan(scale: str, steps: int | None = None) -> list[dict]:
     """The rounds of both stages, each from the weights that the one before would have saved. Only the first begins easy."""
-    first, second = (SCALES[scale]["rounds"], SCALES[scale]["second"]) if steps is None else ((steps,), (steps, steps))
-    return [
-        dict(stage=stage, steps=n, seed=f"{SEED} {name}" + (f" {i}" if i else ""), easy=stage == 1 and i == 0, late=0 < i == len(rounds) - 1)
-        for stage, name, rounds in ((1, "pretrain", first), (2, "second stage", second))
-        for i, n in enumerate(rounds)
-    ]
+    first, second = (SCALES[scale]["first"], SCALES[scale]["second"]) if steps is None else ((steps,), (steps, steps))
+    made = []
+    for stage, name, rounds in ((1, "pretrain", first), (2, "second stage", second)):
+        for i, n in enumerate(rounds):
+            seed = f"{SEED} {name}" + (f" {i}" if i else "")
+            made.append(dict(stage=stage, steps=n, seed=seed, easy=stage == 1 and i == 0, late=0 < i == len(rounds) - 1))
+    return made
 
 
 def rate(stage: int, step: int, steps: int) -> float:
@@ -864,7 +888,8 @@ def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, eve
     # T5 does not divide attention scores by the root of the width, so its queries and keys want a smaller rate
     sharp = [p for name, p in model.named_parameters() if name.endswith((".q.weight", ".k.weight"))]
     rest = [p for name, p in model.named_parameters() if not name.endswith((".q.weight", ".k.weight"))]
-    optimizer = torch.optim.AdamW([dict(params=rest, part=1.0), dict(params=sharp, part=0.3)], betas=(0.9, 0.98), weight_decay=0.0, fused=stage == 2)
+    groups = [dict(params=rest, part=1.0), dict(params=sharp, part=0.3)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=stage == 2)
     rng, step, curve, losses = random.Random(turn["seed"]), 0, [], []
     if begun:
         optimizer.load_state_dict(begun["optimizer"])
@@ -922,12 +947,13 @@ def pretrain(scale: str, steps: int | None = None, out: Path | None = None, star
         torch.save(dict(turn=turn, curves=curves, model=weights, begun=begun, seconds=seconds), f"{state_file}.tmp")
         os.replace(f"{state_file}.tmp", state_file)
 
-    curves, begun = state["curves"], state.get("begun")
+    curves, begun = list(state["curves"]), state.get("begun")
     final.parent.mkdir(parents=True, exist_ok=True)
     for turn in range(state["turn"], len(rounds)):
         if turn and not begun:  # through float16, as if saved and loaded
             model = model.half().float()
-        curves += train_round(model, tokenizer, scale, rounds[turn], begun, lambda b, t=turn: keep(t, curves, b), every)
+        keep_here = functools.partial(keep, turn, curves)
+        curves = curves + train_round(model, tokenizer, scale, rounds[turn], begun, keep_here, every)
         begun = None
         if turn + 1 < len(rounds):
             keep(turn + 1, curves, None)
@@ -938,7 +964,8 @@ def pretrain(scale: str, steps: int | None = None, out: Path | None = None, star
     replace_folder(folder, final)
     keep(len(rounds), curves, None)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{final.name}: {count:,} parameters, {spent + time.time() - began:.0f} s on one thread, held-out {curves[-1]['held_out']}")
+    seconds = spent + time.time() - began
+    print(f"{final.name}: {count:,} parameters, {seconds:.0f} s on one thread, held-out loss {curves[-1]['held_out']}")
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -958,7 +985,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["data", "check", "show", "pretrain", "all"])
     parser.add_argument("--scale", choices=list(SCALES), help="the model that `pretrain` makes; all of them by default")
-    parser.add_argument("--steps", type=int, help="pretraining steps of every round, one round of stage 1 and two of stage 2, in place of the scale's own")
+    parser.add_argument("--steps", type=int, help="steps of each round, one of stage 1 and two of stage 2")
     parser.add_argument("--out", type=Path, help="where the model goes, in place of models/SCALE; with --scale")
     parser.add_argument("--start", type=Path, help="a model of the first stage to begin the second stage from; with --scale")
     args = parser.parse_args()
