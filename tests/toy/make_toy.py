@@ -103,14 +103,14 @@ def doubted(rng: random.Random, thing: str, positive: bool, negation: float, for
 KINDS_OF_REVIEW = ("but", "although", "although", "only")
 
 
-def review(rng: random.Random, negation: float = NEGATION, agree: float = 0.0, say=clause) -> dict:
+def review(rng: random.Random, negation: float = NEGATION, agree: float = 0.0, kinds: tuple = KINDS_OF_REVIEW, say=clause) -> dict:
     """Two clauses of opposite polarity (but for a share `agree`) and something that says which one counts."""
     name = rng.choice(PEOPLE)
     winner, loser = rng.sample(THINGS, 2)
     positive = rng.random() < 0.5
     other = positive if rng.random() < agree else not positive
     won, lost = say(rng, winner, positive, negation), say(rng, loser, other, negation)
-    kind = rng.choice(KINDS_OF_REVIEW)
+    kind = rng.choice(kinds)
     winner_first = rng.random() < 0.5
     first, second = (won, lost) if winner_first else (lost, won)
     if kind == "but":  # the clause after "but" counts
@@ -221,13 +221,14 @@ MONOTONE = {
 }
 
 
-FACTS = {"event": 2, "transfer": 2, "comparison": 1, "quantifier": 1}  # how often each kind of fact comes
+FACTS = {"event": 2, "transfer": 2, "comparison": 1, "quantifier": 1}  # how often each kind of fact comes, in running text
+HARD_FACTS = {"event": 3, "transfer": 2, "comparison": 2, "quantifier": 1}  # and in the task
 
 
-def situation(rng: random.Random, negation: float = 0.5):
+def situation(rng: random.Random, negation: float = 0.5, facts: dict = FACTS):
     """A premise, and a function that makes a hypothesis for a label (None where the premise allows none)."""
     a, b, c = rng.sample(PEOPLE, 3)
-    kind = rng.choice([kind for kind, share in FACTS.items() for _ in range(share)])
+    kind = rng.choice([kind for kind, share in facts.items() for _ in range(share)])
     if kind in ("event", "transfer"):  # the same event, its denial, or an event with the roles swapped
         negated = rng.random() < negation
         pair, thing = rng.choice(VERBS if kind == "event" else CONVERSES), rng.choice(OBJECTS)
@@ -265,10 +266,10 @@ def situation(rng: random.Random, negation: float = 0.5):
     return quantified(quantifier, narrow, *words), hypothesis
 
 
-def follows(rng: random.Random, label: str) -> tuple[str, str]:
+def follows(rng: random.Random, label: str, facts: dict) -> tuple[str, str]:
     """A premise and a hypothesis, other than it, that stands in the relation `label`."""
     while True:
-        premise, hypothesis = situation(rng)
+        premise, hypothesis = situation(rng, facts=facts)
         text = hypothesis(label)
         if text and text != premise:
             return premise, text
@@ -389,8 +390,9 @@ def story_document(rng: random.Random, ease: float) -> tuple[str, str]:
     return text, f"in short, {summary}"
 
 
-def long_story(rng: random.Random) -> dict:
-    """The thing changes hands, or does not, up to twice: who has it at last, and from whom; and what `a` did then."""
+def long_story(rng: random.Random, longer: bool = False) -> dict:
+    """The thing changes hands, or does not, up to twice: who has it at last, and from whom; and what `a` did then.
+    A `longer` one goes on, up to two hands further."""
     a, b = rng.choice(WOMEN), rng.choice(MEN)
     a, b = (a, b) if rng.random() < 0.5 else (b, a)
     c = rng.choice([name for name in PEOPLE if name not in (a, b)])
@@ -406,9 +408,11 @@ def long_story(rng: random.Random) -> dict:
     if rng.random() < 0.5:
         parts.append(rng.choice([f"at first {subject(b)} said no.", f"{c} came by.", f"{subject(a)} asked twice."]))
     path = rng.choice([(b, a), (b, c), (b, c, a), (b, c, b), (b, a, c), (b, a, b), (b,)])
+    for _ in range(rng.choice([0, 1, 1, 2]) if longer else 0):
+        path += (rng.choice([n for n in (a, b, c) if n != path[-1]]),)
     parts += [f"then {hand(x, y, '')}." for x, y in itertools.pairwise(path)]
     owner = path[-1]
-    if len(path) < 3 and (owner == b or rng.random() < 0.5):
+    if (len(path) < 3 or longer) and (len(path) == 1 or rng.random() < 0.4 if longer else owner == b or rng.random() < 0.5):
         parts.append(f"but {hand(owner, rng.choice([n for n in (a, b, c) if n != owner]), 'never ')}.")
         summary = f"{owner} kept the {thing}."
     else:
@@ -462,12 +466,12 @@ def document(rng: random.Random, words: list[str], ease: float = 0.0, late: bool
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def sentiment_example(rng: random.Random) -> dict:
+def sentiment_example(rng: random.Random, kinds: tuple = ("but", "although")) -> dict:
     """One clause, or two that agree, with none, one or two negations each, far from each other; or a review."""
     positive, forms = rng.random() < 0.5, ["all", "all not", "nobody", "nobody not"]
     kind = rng.choice(["one", "two", "review", "review"])
     if kind == "review":
-        r = review(rng, say=doubted)
+        r = review(rng, kinds=kinds, say=doubted)
         return {"text": r["text"], "label": "positive" if r["positive"] else "negative"}
     things = rng.sample(THINGS, 1 if kind == "one" else 2)
     text = " and ".join(doubted(rng, thing, positive, 0, rng.choice(forms)) for thing in things) + "."
@@ -475,9 +479,9 @@ def sentiment_example(rng: random.Random) -> dict:
     return {"text": text, "label": "positive" if positive else "negative"}
 
 
-def inference_example(rng: random.Random) -> dict:
+def inference_example(rng: random.Random, facts: dict = HARD_FACTS) -> dict:
     label = rng.choice(list(SAYS))
-    premise, hypothesis = follows(rng, label)
+    premise, hypothesis = follows(rng, label, facts)
     return {"premise": premise + ".", "hypothesis": hypothesis + ".", "label": label}
 
 
@@ -487,15 +491,15 @@ def paraphrase_example(rng: random.Random) -> dict:
     return {"sentence1": one + ".", "sentence2": two + ".", "label": "equivalent" if equivalent else "not_equivalent"}
 
 
-def qa_example(rng: random.Random) -> dict:
-    story = long_story(rng)
+def qa_example(rng: random.Random, longer: bool = True) -> dict:
+    story = long_story(rng, longer)
     now, wanted, first = story["questions"].items()
     question, answer = rng.choice([now, now, wanted, first])
     return {"context": story["text"], "question": question, "answer": [answer]}
 
 
 def summary_example(rng: random.Random) -> dict:
-    story = long_story(rng)
+    story = long_story(rng, longer=True)
     return {"document": story["text"], "summary": story["summary"]}
 
 
@@ -573,6 +577,11 @@ VERDICTS = {  # how running text says what a task's label means; the label is ne
         "{name} said they are {}.",
     ],
 }
+EASIER = {  # what running text holds is more varied than the tasks, or easier
+    "sentiment": lambda rng: sentiment_example(rng, KINDS_OF_REVIEW),
+    "inference": lambda rng: inference_example(rng, FACTS),
+    "paraphrase": paraphrase_example,
+}
 REPLIES = ["in other words, it is {}.", "all said that it is {}.", "it was said that it is {}."]
 SECOND_GENRES = {  # percent, at first and in the late round: who has what is learned last; the rest is stage 1's
     "sentiment": (14, 12),
@@ -595,7 +604,7 @@ def second_document(rng: random.Random, words: list[str], late: bool = False) ->
             story = long_story(rng)
             first, rest = story["text"], f"in short, {story['summary']}" if rng.random() < 0.6 else story["outcome"]
         elif genre == "qa" and late:
-            row = qa_example(rng)
+            row = qa_example(rng, longer=False)
             first, rest = row["context"], rng.choice(REPLIES).format(row["answer"][0])
         elif genre == "qa":  # two steps from a thing to its place: no scale learns it, so the late round asks what the task asks
             first, questions = walk(rng)
@@ -603,7 +612,7 @@ def second_document(rng: random.Random, words: list[str], late: bool = False) ->
             sentences.insert(rng.randrange(len(sentences)), rng.choice(ASIDES))
             first, question, reply = ". ".join(sentences), questions[0][0], f"{other} said: {questions[0][1][0]}."
         else:
-            row = TASKS[genre](rng)
+            row = EASIER[genre](rng)
             first, rest = told(row), ""
         if reserved(first):
             continue
