@@ -392,7 +392,7 @@ def story_document(rng: random.Random, ease: float) -> tuple[str, str]:
 
 def long_story(rng: random.Random, longer: bool = False) -> dict:
     """The thing changes hands, or does not, up to twice: who has it at last, and from whom; and what `a` did then.
-    A `longer` one goes on, up to two hands further."""
+    A `longer` one goes on, one to three hands further."""
     a, b = rng.choice(WOMEN), rng.choice(MEN)
     a, b = (a, b) if rng.random() < 0.5 else (b, a)
     c = rng.choice([name for name in PEOPLE if name not in (a, b)])
@@ -408,7 +408,7 @@ def long_story(rng: random.Random, longer: bool = False) -> dict:
     if rng.random() < 0.5:
         parts.append(rng.choice([f"at first {subject(b)} said no.", f"{c} came by.", f"{subject(a)} asked twice."]))
     path = rng.choice([(b, a), (b, c), (b, c, a), (b, c, b), (b, a, c), (b, a, b), (b,)])
-    for _ in range(rng.choice([0, 1, 1, 2]) if longer else 0):
+    for _ in range(rng.choice([1, 2, 3]) if longer else 0):
         path += (rng.choice([n for n in (a, b, c) if n != path[-1]]),)
     parts += [f"then {hand(x, y, '')}." for x, y in itertools.pairwise(path)]
     owner = path[-1]
@@ -485,9 +485,16 @@ def inference_example(rng: random.Random, facts: dict = HARD_FACTS) -> dict:
     return {"premise": premise + ".", "hypothesis": hypothesis + ".", "label": label}
 
 
-def paraphrase_example(rng: random.Random) -> dict:
+FACTS_OF_SAME = ("event",) * 4 + ("transfer",) * 4 + ("order",) * 3 + ("comparison",)
+
+
+def paraphrase_example(rng: random.Random, twice: float = 0.3) -> dict:
+    """Two sentences, or, in a share `twice`, two of two facts each, told in any order."""
     equivalent = rng.random() < 0.5
-    one, two = same(rng, equivalent, ("event",) * 4 + ("transfer",) * 4 + ("order",) * 3 + ("comparison",))
+    one, two = same(rng, equivalent, FACTS_OF_SAME)
+    if twice and rng.random() < twice:  # another fact, said in other words
+        pairs = [(one, two), same(rng, True, FACTS_OF_SAME)]
+        one, two = (" and ".join(rng.sample(said, 2)) for said in zip(*pairs, strict=True))
     return {"sentence1": one + ".", "sentence2": two + ".", "label": "equivalent" if equivalent else "not_equivalent"}
 
 
@@ -580,7 +587,7 @@ VERDICTS = {  # how running text says what a task's label means; the label is ne
 EASIER = {  # what running text holds is more varied than the tasks, or easier
     "sentiment": lambda rng: sentiment_example(rng, KINDS_OF_REVIEW),
     "inference": lambda rng: inference_example(rng, FACTS),
-    "paraphrase": paraphrase_example,
+    "paraphrase": lambda rng: paraphrase_example(rng, 0),
 }
 REPLIES = ["in other words, it is {}.", "all said that it is {}.", "it was said that it is {}."]
 SECOND_GENRES = {  # percent, at first and in the late round: who has what is learned last; the rest is stage 1's
