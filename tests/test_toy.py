@@ -111,7 +111,7 @@ def test_verdicts_in_running_text_are_true():
 
 @pytest.mark.parametrize("saves", [2, 6])
 def test_pretraining_that_was_interrupted_goes_on_to_the_same_bits(tmp_path, monkeypatch, saves):
-    """Stopped in the first stage, after its second save, and in the second, after its only one."""
+    """Stopped in the first stage, after its second save, and in the second stage's first round."""
     replace, seen = make_toy.os.replace, []
 
     def stop(source, target):
@@ -130,7 +130,7 @@ def test_pretraining_that_was_interrupted_goes_on_to_the_same_bits(tmp_path, mon
     for file in ("model.safetensors", "curve.jsonl"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     curve = [json.loads(line) for line in (tmp_path / "parts/curve.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in curve] == [(1, 80), (2, 80)]
+    assert [(row["stage"], row["step"]) for row in curve] == [(1, 80), (2, 80), (2, 80)]
     before = (tmp_path / "parts/model.safetensors").stat().st_mtime_ns
     make_toy.pretrain("tiny", 80, tmp_path / "parts")  # done: nothing is made again
     assert (tmp_path / "parts/model.safetensors").stat().st_mtime_ns == before
