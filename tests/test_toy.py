@@ -52,13 +52,98 @@ def test_pretraining_text_holds_no_task_format_and_no_label():
         assert not any(word in t.split() for t in running), word
 
 
-def test_scales_are_at_least_three_times_apart_and_small_on_disk():
-    counts, size = [], 0
+def told(row):
+    """A row's texts but for the question of qa, as running text."""
+    return " ".join(v for k, v in row.items() if k not in ("label", "question", "answer", "summary"))
+
+
+def test_no_text_of_the_second_stage_is_a_row_of_a_task_or_has_its_form():
+    taken = {told(r) for task in make_toy.TASKS for split in ("train", "validation", "test") for r in rows(task, split)}
+    assert len(taken) > 20000
+    rng, words = random.Random(1), make_toy.all_words()
+    kinds = dict.fromkeys(("positive", "entailment", "equivalent", "asked", "in short"), 0)
+    for _ in range(6000):
+        first, rest = make_toy.second_document(rng, words)
+        assert first not in taken and re.sub(r" \w+ asked: .*", "", first) not in taken, first
+        if re.fullmatch(r"again: (.+)\.", rest):  # a list of single words, said twice
+            continue
+        assert not any(word in f"{first} {rest}".split() for word in make_toy.FIELD_WORDS), (first, rest)
+        assert rest.split()[0].strip(".") not in make_toy.LABEL_WORDS and not any(w in first for w in make_toy.LABEL_WORDS)
+        for kind in kinds:
+            kinds[kind] += kind in rest or kind in first
+    assert min(kinds.values()) > 200, kinds
+
+
+def test_verdicts_in_running_text_are_true():
+    """Of single clauses: an even or odd number of words that turn them around; of events: who did what to whom, or not."""
+    rng, words, clauses, events = random.Random(2), make_toy.all_words(), 0, 0
+    synonyms = {"aided": "helped", "phoned": "called", "spotted": "noticed", "struck": "hit"}
+
+    def fact(sentence):
+        turned = "never" in sentence or "false" in sentence
+        a, verb, b = re.search(r"(\w+) (?:was )?(?:never )?(?:was )?(?:never )?(\w+) (?:by )?(\w+)\.$", sentence).groups()
+        return ((b, verb, a) if " by " in sentence else (a, verb, b)), turned
+
+    for _ in range(6000):
+        first, rest = make_toy.second_document(rng, words)
+        label = re.findall(r"\w+", rest)[-1]
+        sentences = first.removesuffix(".").split(". ")
+        one_clause = len(sentences) == 1 and not re.search(r" and |,|although", first)
+        if label in ("positive", "negative") and one_clause:
+            flips = sum(first.replace(".", "").split().count(w) for w in ("not", "never", "nobody", "false"))
+            good = any(w in first for w in make_toy.GOOD)
+            assert (label == "positive") == (good == (flips % 2 == 0)), (first, rest)
+            clauses += 1
+        verbs = [w for pair in make_toy.VERBS for w in pair]
+        two_events = len(sentences) == 2 and all(any(v in s.split() for v in verbs) for s in sentences)
+        if label in ("entailment", "neutral", "contradiction", "equivalent", "not_equivalent") and two_events:
+            (one, no1), (two, no2) = (fact(s + ".") for s in sentences)
+            one, two = ((a, synonyms.get(v, v), b) for a, v, b in (one, two))
+            same, swapped = one == two, one == two[::-1]
+            assert same or swapped
+            if "equivalent" in label:
+                assert (label == "equivalent") == (same and no1 == no2), (first, rest)
+            else:
+                assert label == ("neutral" if swapped else "entailment" if no1 == no2 else "contradiction"), (first, rest)
+            events += 1
+    assert clauses > 50 and events > 400
+
+
+@pytest.mark.parametrize("saves", [2, 6])
+def test_pretraining_that_was_interrupted_goes_on_to_the_same_bits(tmp_path, monkeypatch, saves):
+    """Stopped in the first stage, after its second save, and in the second stage's first round."""
+    replace, seen = make_toy.os.replace, []
+
+    def stop(source, target):
+        replace(source, target)
+        seen.append(target)
+        if sum(str(t).endswith(".state") for t in seen) == saves:
+            raise KeyboardInterrupt
+
+    make_toy.pretrain("tiny", 80, tmp_path / "whole", every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(make_toy.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make_toy.pretrain("tiny", 80, tmp_path / "parts", every=0)
+    assert not (tmp_path / "parts").exists()
+    make_toy.pretrain("tiny", 80, tmp_path / "parts", every=1e9)
+    for file in ("model.safetensors", "curve.jsonl"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    curve = [json.loads(line) for line in (tmp_path / "parts/curve.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in curve] == [(1, 80), (2, 80), (2, 80)]
+    before = (tmp_path / "parts/model.safetensors").stat().st_mtime_ns
+    make_toy.pretrain("tiny", 80, tmp_path / "parts")  # done: nothing is made again
+    assert (tmp_path / "parts/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_scales_span_enough_and_are_small_on_disk():
+    counts, sizes = [], []
     for scale in SCALES:
         file = TOY / "models" / scale / "model.safetensors"
         counts.append(sum(t.numel() for t in load_file(file).values()))
-        size += file.stat().st_size
-    assert len(counts) >= 3 and all(b >= 3 * a for a, b in itertools.pairwise(counts)) and size < 20e6
+        sizes.append(file.stat().st_size)
+    assert len(counts) >= 4 and all(b >= 3 * a for a, b in itertools.pairwise(counts)) and counts[-1] > 10**1.6 * counts[0]
+    assert sum(sizes) <= 12e6 and sum(size > 6e6 for size in sizes) < 2
 
 
 def test_the_tokenizer_is_the_same_for_all_and_gives_any_ascii_text_back():

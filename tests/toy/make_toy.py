@@ -3,21 +3,22 @@
     python tests/toy/make_toy.py data                    # tokenizer.json and tasks/*/{train,validation,test}.jsonl
     python tests/toy/make_toy.py check                   # what a bag of words gets on the classification tasks
     python tests/toy/make_toy.py show                    # a few pretraining documents and one example of each task
-    python tests/toy/make_toy.py pretrain --scale base   # one model, from scratch, by T5 span corruption
-    python tests/toy/make_toy.py all                     # everything
+    python tests/toy/make_toy.py pretrain --scale base   # one model, both stages; goes on where it stopped
+    python tests/toy/make_toy.py all                     # everything; goes on where it stopped
 
-Measured on two shared AMD EPYC cores, one thread a model: data 2 s, tiny 623 s, small 583 s, base 1,297 s, large 3,803 s.
+Pretraining has two stages. The first is T5's span corruption of running text in which no label of a task occurs. The
+second is prefix language modelling, as Lester et al. (2021) adapted T5: a text's first part is read, its second written.
+There the words of labels occur with their meaning ("that is entailment."), never first and never in a task's own
+"Input: ... Output: ". Half of all texts are reserved for the tasks, and the second stage tells none of them.
 
-The models see running text only: no label of a task and no "Input: ... Output: " line is ever in it. What a task asks
-for is in the text all the same, since later sentences follow from earlier ones: a guest comes back or goes away, a fact
-is said again in other words, a person asks and another answers, a story is told again in one sentence. Single words
-decide nothing in the tasks; how they are put together does. See README.md beside this file.
+Single words decide nothing in the tasks; how they are put together does. See README.md beside this file.
 
 Data files are the same bytes on every machine (only random.Random with string seeds); weights are the same on one
 machine with one thread and one version of torch.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import os
 import random
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -91,16 +93,23 @@ def clause(rng: random.Random, thing: str, positive: bool, negation: float, form
     return f"the {thing} was {no}{adjective}" if who == "was" else f"{who} found the {thing} {no}{adjective}"
 
 
+def doubted(rng: random.Random, thing: str, positive: bool, negation: float, form: str = "") -> str:
+    """A clause that one time in four is turned around once more, from its front."""
+    if rng.random() < 0.25:
+        return f"it is false that {clause(rng, thing, not positive, negation, form)}"
+    return clause(rng, thing, positive, negation, form)
+
+
 KINDS_OF_REVIEW = ("but", "although", "although", "only")
 
 
-def review(rng: random.Random, negation: float = NEGATION, agree: float = 0.0, kinds: tuple = KINDS_OF_REVIEW) -> dict:
+def review(rng: random.Random, negation: float = NEGATION, agree: float = 0.0, kinds: tuple = KINDS_OF_REVIEW, say=clause) -> dict:
     """Two clauses of opposite polarity (but for a share `agree`) and something that says which one counts."""
     name = rng.choice(PEOPLE)
     winner, loser = rng.sample(THINGS, 2)
     positive = rng.random() < 0.5
     other = positive if rng.random() < agree else not positive
-    won, lost = clause(rng, winner, positive, negation), clause(rng, loser, other, negation)
+    won, lost = say(rng, winner, positive, negation), say(rng, loser, other, negation)
     kind = rng.choice(kinds)
     winner_first = rng.random() < 0.5
     first, second = (won, lost) if winner_first else (lost, won)
@@ -212,10 +221,14 @@ MONOTONE = {
 }
 
 
-def situation(rng: random.Random, negation: float = 0.5):
+FACTS = {"event": 2, "transfer": 2, "comparison": 1, "quantifier": 1}  # how often each kind of fact comes, in running text
+HARD_FACTS = {"event": 3, "transfer": 2, "comparison": 2, "quantifier": 1}  # and in the task
+
+
+def situation(rng: random.Random, negation: float = 0.5, facts: dict = FACTS):
     """A premise, and a function that makes a hypothesis for a label (None where the premise allows none)."""
     a, b, c = rng.sample(PEOPLE, 3)
-    kind = rng.choice(["event", "event", "transfer", "transfer", "comparison", "quantifier"])
+    kind = rng.choice([kind for kind, share in facts.items() for _ in range(share)])
     if kind in ("event", "transfer"):  # the same event, its denial, or an event with the roles swapped
         negated = rng.random() < negation
         pair, thing = rng.choice(VERBS if kind == "event" else CONVERSES), rng.choice(OBJECTS)
@@ -253,10 +266,10 @@ def situation(rng: random.Random, negation: float = 0.5):
     return quantified(quantifier, narrow, *words), hypothesis
 
 
-def follows(rng: random.Random, label: str) -> tuple[str, str]:
+def follows(rng: random.Random, label: str, facts: dict) -> tuple[str, str]:
     """A premise and a hypothesis, other than it, that stands in the relation `label`."""
     while True:
-        premise, hypothesis = situation(rng)
+        premise, hypothesis = situation(rng, facts=facts)
         text = hypothesis(label)
         if text and text != premise:
             return premise, text
@@ -277,10 +290,10 @@ def follows_document(rng: random.Random, ease: float) -> tuple[str, str]:
     return premise + ".", " ".join(said)
 
 
-def same(rng: random.Random, equivalent: bool) -> tuple[str, str]:
+def same(rng: random.Random, equivalent: bool, kinds: tuple = ("event", "transfer", "order", "comparison")) -> tuple[str, str]:
     """Two sentences that say the same, or the same words with other roles, order or polarity."""
     a, b = rng.sample(PEOPLE, 2)
-    kind = rng.choice(["event", "transfer", "order", "comparison"])
+    kind = rng.choice(kinds)
     negated, pair, thing = rng.random() < 0.5, rng.choice(VERBS), rng.choice(OBJECTS)
     swap, deny = (False, False) if equivalent else rng.choice([(True, False), (True, False), (False, True)])
     if kind == "transfer":
@@ -377,6 +390,40 @@ def story_document(rng: random.Random, ease: float) -> tuple[str, str]:
     return text, f"in short, {summary}"
 
 
+def long_story(rng: random.Random, longer: bool = False) -> dict:
+    """The thing changes hands, or does not, up to twice: who has it at last, and from whom; and what `a` did then.
+    A `longer` one goes on, one to three hands further."""
+    a, b = rng.choice(WOMEN), rng.choice(MEN)
+    a, b = (a, b) if rng.random() < 0.5 else (b, a)
+    c = rng.choice([name for name in PEOPLE if name not in (a, b)])
+    thing = rng.choice(OBJECTS)
+
+    def hand(x: str, y: str, sign: str) -> str:  # c goes by name, the others by what nobody can mistake for each other
+        away, back = rng.choice(CONVERSES)
+        x_subject, y_subject = (n if n == c else subject(n) for n in (x, y))
+        x_object, y_object = (n if n == c else object_form(n) for n in (x, y))
+        return rng.choice([f"{x_subject} {sign}{away} it to {y_object}", f"{y_subject} {sign}{back} it from {x_object}"])
+
+    parts = [rng.choice([f"{a} wanted the {thing} of {b}.", f"{b} had the {thing} that {a} wanted."])]
+    if rng.random() < 0.5:
+        parts.append(rng.choice([f"at first {subject(b)} said no.", f"{c} came by.", f"{subject(a)} asked twice."]))
+    path = rng.choice([(b, a), (b, c), (b, c, a), (b, c, b), (b, a, c), (b, a, b), (b,)])
+    for _ in range(rng.choice([1, 2, 3]) if longer else 0):
+        path += (rng.choice([n for n in (a, b, c) if n != path[-1]]),)
+    parts += [f"then {hand(x, y, '')}." for x, y in itertools.pairwise(path)]
+    owner = path[-1]
+    if (len(path) < 3 or longer) and (len(path) == 1 or rng.random() < 0.4 if longer else owner == b or rng.random() < 0.5):
+        parts.append(f"but {hand(owner, rng.choice([n for n in (a, b, c) if n != owner]), 'never ')}.")
+        summary = f"{owner} kept the {thing}."
+    else:
+        summary = f"{owner} got the {thing} from {path[-2]}."
+    for aside in rng.sample(ASIDES, 2)[: rng.choice([1, 1, 2])]:
+        parts.insert(rng.randrange(1, len(parts) + 1), aside + ".")
+    outcome = f"so {a} {rng.choice(OUTCOMES[owner == a])}."
+    questions = {f"who has the {thing}?": owner, f"who wanted the {thing}?": a, f"who had the {thing} at first?": b}
+    return {"text": " ".join(parts), "summary": summary, "outcome": outcome, "questions": questions}
+
+
 # ------------------------------------------------------------------------------------------------ pretraining text
 
 
@@ -419,39 +466,48 @@ def document(rng: random.Random, words: list[str], ease: float = 0.0, late: bool
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def sentiment_example(rng: random.Random) -> dict:
+def sentiment_example(rng: random.Random, kinds: tuple = ("but", "although")) -> dict:
     """One clause, or two that agree, with none, one or two negations each, far from each other; or a review."""
     positive, forms = rng.random() < 0.5, ["all", "all not", "nobody", "nobody not"]
-    kind = rng.choice(["one", "one", "two", "review"])
+    kind = rng.choice(["one", "two", "review", "review"])
     if kind == "review":
-        r = review(rng, kinds=("but", "although"))
+        r = review(rng, kinds=kinds, say=doubted)
         return {"text": r["text"], "label": "positive" if r["positive"] else "negative"}
     things = rng.sample(THINGS, 1 if kind == "one" else 2)
-    text = " and ".join(clause(rng, thing, positive, 0, rng.choice(forms)) for thing in things) + "."
+    text = " and ".join(doubted(rng, thing, positive, 0, rng.choice(forms)) for thing in things) + "."
     text = f"{arrival(rng)} {text}" if rng.random() < 0.5 else text
     return {"text": text, "label": "positive" if positive else "negative"}
 
 
-def inference_example(rng: random.Random) -> dict:
+def inference_example(rng: random.Random, facts: dict = HARD_FACTS) -> dict:
     label = rng.choice(list(SAYS))
-    premise, hypothesis = follows(rng, label)
+    premise, hypothesis = follows(rng, label, facts)
     return {"premise": premise + ".", "hypothesis": hypothesis + ".", "label": label}
 
 
-def paraphrase_example(rng: random.Random) -> dict:
+FACTS_OF_SAME = ("event",) * 4 + ("transfer",) * 4 + ("order",) * 3 + ("comparison",)
+
+
+def paraphrase_example(rng: random.Random, twice: float = 0.3) -> dict:
+    """Two sentences, or, in a share `twice`, two of two facts each, told in any order."""
     equivalent = rng.random() < 0.5
-    one, two = same(rng, equivalent)
+    one, two = same(rng, equivalent, FACTS_OF_SAME)
+    if twice and rng.random() < twice:  # another fact, said in other words
+        pairs = [(one, two), same(rng, True, FACTS_OF_SAME)]
+        one, two = (" and ".join(rng.sample(said, 2)) for said in zip(*pairs, strict=True))
     return {"sentence1": one + ".", "sentence2": two + ".", "label": "equivalent" if equivalent else "not_equivalent"}
 
 
-def qa_example(rng: random.Random) -> dict:
-    context, questions = walk(rng)
-    return {"context": context, "question": questions[0][0], "answer": questions[0][1]}
+def qa_example(rng: random.Random, longer: bool = True) -> dict:
+    story = long_story(rng, longer)
+    now, wanted, first = story["questions"].items()
+    question, answer = rng.choice([now, now, wanted, first])
+    return {"context": story["text"], "question": question, "answer": [answer]}
 
 
 def summary_example(rng: random.Random) -> dict:
-    text, summary = story(rng)
-    return {"document": text, "summary": summary}
+    story = long_story(rng, longer=True)
+    return {"document": story["text"], "summary": story["summary"]}
 
 
 TASKS = {
@@ -468,6 +524,16 @@ CLASSIFICATION = {
 }
 
 
+def told(row: dict) -> str:
+    """What a row tells, as running text; the question of qa apart."""
+    return " ".join(value for field, value in row.items() if field not in ("label", "question", "answer", "summary"))
+
+
+def reserved(text: str) -> bool:
+    """Half of all texts are for the tasks; the second stage of pretraining never tells one of them."""
+    return zlib.crc32(text.encode()) % 2 == 0
+
+
 def make_task(name: str) -> dict[str, list[dict]]:
     """All splits of one task: no text twice, the labels of each split as equal in number as they can be."""
     rng = random.Random(f"{SEED} task {name}")
@@ -481,7 +547,7 @@ def make_task(name: str) -> dict[str, list[dict]]:
             row = TASKS[name](rng)
             key = json.dumps([value for field, value in row.items() if field not in ("label", "answer", "summary")])
             quota = math.ceil(size / len(labels)) if labels else size
-            if key in seen or counts.get(row.get("label"), 0) >= quota:
+            if not reserved(told(row)) or key in seen or counts.get(row.get("label"), 0) >= quota:
                 continue
             seen.add(key)
             counts[row.get("label")] = counts.get(row.get("label"), 0) + 1
@@ -489,6 +555,82 @@ def make_task(name: str) -> dict[str, list[dict]]:
         rng.shuffle(rows)
         splits[split] = rows
     return splits
+
+
+# ------------------------------------------------------------------------------------------------ text of the second stage
+
+VERDICTS = {  # how running text says what a task's label means; the label is never the first word
+    "sentiment": [
+        "all in all, {}.",
+        "in short, it was {}.",
+        "so it was {}.",
+        "in other words, {}.",
+        "it was {}.",
+        "{name} said: {}.",
+    ],
+    "inference": [
+        "that is {}.",
+        "so that is {}.",
+        "in short, that is {}.",
+        "it is {}.",
+        "{name} said that is {}.",
+        "who knows? {}.",
+    ],
+    "paraphrase": [
+        "they are {}.",
+        "so they are {}.",
+        "in short, they are {}.",
+        "in other words, they are {}.",
+        "{name} said they are {}.",
+    ],
+}
+EASIER = {  # what running text holds is more varied than the tasks, or easier
+    "sentiment": lambda rng: sentiment_example(rng, KINDS_OF_REVIEW),
+    "inference": lambda rng: inference_example(rng, FACTS),
+    "paraphrase": lambda rng: paraphrase_example(rng, 0),
+}
+REPLIES = ["in other words, it is {}.", "all said that it is {}.", "it was said that it is {}."]
+SECOND_GENRES = {  # percent, at first and in the late round: who has what is learned last; the rest is stage 1's
+    "sentiment": (14, 12),
+    "inference": (32, 28),
+    "paraphrase": (22, 14),
+    "qa": (16, 24),
+    "summary": (10, 18),
+}
+
+
+def second_document(rng: random.Random, words: list[str], late: bool = False) -> tuple[str, str]:
+    """A text in two parts, whose second part says in running words what the first comes down to; no text of a task's row."""
+    shares = [pair[late] for pair in SECOND_GENRES.values()]
+    genre = rng.choices([*SECOND_GENRES, ""], [*shares, 100 - sum(shares)])[0]
+    name, other = rng.sample(PEOPLE, 2)
+    while True:
+        if not genre:
+            first, rest = document(rng, words, late=rng.random() < 0.8)
+        elif genre == "summary":
+            story = long_story(rng)
+            first, rest = story["text"], f"in short, {story['summary']}" if rng.random() < 0.6 else story["outcome"]
+        elif genre == "qa" and late:
+            row = qa_example(rng, longer=False)
+            first, rest = row["context"], rng.choice(REPLIES).format(row["answer"][0])
+        elif genre == "qa":  # two steps from a thing to its place: no scale learns it, so the late round asks what the task asks
+            first, questions = walk(rng)
+            sentences = first.split(". ")
+            sentences.insert(rng.randrange(len(sentences)), rng.choice(ASIDES))
+            first, question, reply = ". ".join(sentences), questions[0][0], f"{other} said: {questions[0][1][0]}."
+        else:
+            row = EASIER[genre](rng)
+            first, rest = told(row), ""
+        if reserved(first):
+            continue
+        if genre == "qa" and late:
+            first = f"{first} {name} asked: {row['question']}"
+        elif genre == "qa":
+            asked = f"{name} asked: {question}"
+            first, rest = (first, f"{asked} {reply}") if rng.random() < 0.3 else (f"{first} {asked}", reply)
+        elif genre in VERDICTS:
+            rest = rng.choice(VERDICTS[genre]).format(row["label"], name=name)
+        return first, rest
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -628,12 +770,16 @@ def check() -> None:
 
 # ------------------------------------------------------------------------------------------------ pretraining
 
-SCALES = {  # shape (layers: in encoder and in decoder), learning rate, steps of each round, the last of which is the late one
-    "tiny": dict(d_model=32, d_ff=96, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, rounds=(6000, 3000)),
-    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, rounds=(7000, 3500)),
-    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, rounds=(8000, 4000)),
-    "large": dict(d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, rounds=(3200, 3200, 6400)),
+SCALES = {  # shape (layers: in encoder and in decoder), rate, steps of the rounds of both stages; a stage's last is its late one
+    "tiny": dict(d_model=32, d_ff=64, num_heads=2, d_kv=16, num_layers=2, lr=1.5e-3, first=(2000, 1000), second=(2500, 1000)),
+    "small": dict(d_model=64, d_ff=192, num_heads=2, d_kv=32, num_layers=2, lr=1e-3, first=(7000, 3500), second=(4500, 1500)),
+    "base": dict(d_model=96, d_ff=384, num_heads=4, d_kv=24, num_layers=3, lr=1.2e-3, first=(8000, 4000), second=(7000, 1500)),
+    "large": dict(
+        d_model=160, d_ff=480, num_heads=5, d_kv=32, num_layers=4, lr=1e-3, first=(3200, 3200, 6400), second=(6528, 4000)
+    ),
 }
+POOL = {1: 16, 2: 64}  # batches drawn at a time, so that each has texts of similar length
+LOOK = 512  # steps from one look at the held-out loss to the next
 BATCH = 32
 
 
@@ -660,27 +806,36 @@ def corrupt(told: list[int], rest: list[int], rng: random.Random) -> tuple[list[
     return source + ids[at:] + [1], [*target, 3 + len(spans), 1]
 
 
-def batches(tokenizer, seed: str, steps: int, batch: int = BATCH, pool: int = 16, easy: float = 0.3, late: bool = False):
-    """Endless batches of corrupted documents, of similar length within a batch; the first part, `easy`, of `steps` gets harder."""
-    import torch
+def cut(first: list[int], rest: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+    """Prefix language modelling: the first part is read, the second written; now and then the cut is anywhere."""
+    if rng.random() < 0.1:
+        ids, at = first + rest, rng.randrange(1, len(first) + 1)
+        first, rest = ids[:at], ids[at:]
+    return [*first, 1], [*rest, 1]
 
-    rng, words = random.Random(seed), all_words()
+
+def batches(tokenizer, rng: random.Random, texts: list[tuple[str, str]], stage: int) -> list[dict]:
+    """Texts as batches of similar length, in any order."""
+    import torch
 
     def padded(rows: list[list[int]], fill: int):
         longest = max(map(len, rows))
         return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
-    for begin in itertools.count(step=pool):
-        ease = max(0.0, 1 - begin / (easy * steps)) if easy else 0.0
-        texts = [document(rng, words, ease, late) for _ in range(batch * pool)]
-        encoded = [tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*texts, strict=False)]
-        pairs = [corrupt(told.ids, rest.ids, rng) for told, rest in zip(*encoded, strict=False)]
+    encoded = [tokenizer.encode_batch(list(part), add_special_tokens=False) for part in zip(*texts, strict=True)]
+    arrange = corrupt if stage == 1 else cut
+    pairs = [arrange(first.ids, rest.ids, rng) for first, rest in zip(*encoded, strict=True)]
+    if stage == 1:
         pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
-        groups = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
-        rng.shuffle(groups)
-        for group in groups:
-            source = padded([s for s, _ in group], 0)
-            yield dict(input_ids=source, attention_mask=(source != 0).long(), labels=padded([t for _, t in group], -100))
+    else:  # targets of four lengths at most: a third less to compute than above
+        pairs.sort(key=lambda pair: (len(pair[1]) // 4, len(pair[0])))
+    groups = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
+    rng.shuffle(groups)
+    made = []
+    for group in groups:
+        source = padded([s for s, _ in group], 0)
+        made.append(dict(input_ids=source, attention_mask=(source != 0).long(), labels=padded([t for _, t in group], -100)))
+    return made
 
 
 def new_model(scale: str, vocabulary: int, seed: int = SEED):
@@ -688,7 +843,7 @@ def new_model(scale: str, vocabulary: int, seed: int = SEED):
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    shape = {key: value for key, value in SCALES[scale].items() if key not in ("lr", "rounds")}
+    shape = {key: value for key, value in SCALES[scale].items() if key not in ("lr", "first", "second")}
     config = T5Config(
         vocab_size=vocabulary,
         **shape,
@@ -706,56 +861,131 @@ def new_model(scale: str, vocabulary: int, seed: int = SEED):
     return T5ForConditionalGeneration(config)
 
 
-def pretrain_round(model, stream, steps: int, peak: float, label: str) -> tuple[float, int]:
-    """AdamW, 100 steps of warm-up, cosine decay to 2 % of `peak`. Returns the mean loss of the last 100 steps, and the tokens."""
+def plan(scale: str, steps: int | None = None) -> list[dict]:
+    """The rounds of both stages, each from the weights that the one before would have saved. Only the first begins easy."""
+    first, second = (SCALES[scale]["first"], SCALES[scale]["second"]) if steps is None else ((steps,), (steps, steps))
+    made = []
+    for stage, name, rounds in ((1, "pretrain", first), (2, "second stage", second)):
+        for i, n in enumerate(rounds):
+            seed = f"{SEED} {name}" + (f" {i}" if i else "")
+            made.append(dict(stage=stage, steps=n, seed=seed, easy=stage == 1 and i == 0, late=0 < i == len(rounds) - 1))
+    return made
+
+
+def rate(stage: int, step: int, steps: int) -> float:
+    """Share of the peak: 100 steps of warm-up; then a cosine in stage 1; in stage 2 all of it, and down over the last 30 %."""
+    warm = min(1.0, step / 100)
+    if stage == 1:
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return warm * min(1.0, 0.02 + (steps - step) / (0.3 * steps))
+
+
+def held_out_loss(model, held_out: list[dict]) -> float:
+    """Mean loss of a token of documents that pretraining does not draw."""
     import torch
 
+    model.eval()
+    with torch.no_grad():
+        counts = [int((batch["labels"] >= 0).sum()) for batch in held_out]
+        losses = [model(**batch).loss.item() for batch in held_out]
+    model.train()
+    return sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
+
+
+def train_round(model, tokenizer, scale: str, turn: dict, begun: dict, keep, every: float) -> list[dict]:
+    """AdamW over one round, from where `begun` stopped; `keep` saves what goes on from here. Returns the held-out curve."""
+    import torch
+
+    words, stage, steps, peak = all_words(), turn["stage"], turn["steps"], SCALES[scale]["lr"]
+
+    def draw(rng: random.Random, step: int, pool: int) -> list[dict]:
+        ease = max(0.0, 1 - step / (0.3 * steps)) if turn["easy"] else 0.0
+        if stage == 1:
+            return batches(tokenizer, rng, [document(rng, words, ease, turn["late"]) for _ in range(BATCH * pool)], stage)
+        return batches(tokenizer, rng, [second_document(rng, words, turn["late"]) for _ in range(BATCH * pool)], stage)
+
+    held_out = draw(random.Random(f"{turn['seed']}, held out"), steps, 16)
     # T5 does not divide attention scores by the root of the width, so its queries and keys want a smaller rate
     sharp = [p for name, p in model.named_parameters() if name.endswith((".q.weight", ".k.weight"))]
     rest = [p for name, p in model.named_parameters() if not name.endswith((".q.weight", ".k.weight"))]
-    optimizer = torch.optim.AdamW([dict(params=rest, part=1.0), dict(params=sharp, part=0.3)], betas=(0.9, 0.98), weight_decay=0.0)
-    losses, tokens, began = [], 0, time.time()
+    groups = [dict(params=rest, part=1.0), dict(params=sharp, part=0.3)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=stage == 2)
+    rng, step, curve, losses = random.Random(turn["seed"]), 0, [], []
+    if begun:
+        optimizer.load_state_dict(begun["optimizer"])
+        rng.setstate(begun["random"])
+        step, curve, losses = begun["step"], begun["curve"], begun["losses"]
     model.train()
-    for step in range(1, steps + 1):
-        warm = min(1.0, step / 100)
-        for group in optimizer.param_groups:
-            group["lr"] = group["part"] * peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        batch = next(stream)
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        tokens += int(batch["attention_mask"].sum()) + int((batch["labels"] >= 0).sum())
-        if step % 100 == 0 or step == steps:
-            recent = sum(losses[-100:]) / len(losses[-100:])
-            print(f"{label}, step {step}/{steps}, loss {recent:.3f}, {time.time() - began:.0f} s", flush=True)
-    return recent, tokens
+    began = kept = time.time()
+    while step < steps:
+        for batch in draw(rng, step, POOL[stage])[: steps - step]:
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = group["part"] * peak * rate(stage, step, steps)
+            loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        if step % LOOK == 0 or step == steps:
+            loss, seen = held_out_loss(model, held_out), sum(losses) / len(losses)
+            curve.append(dict(stage=stage, step=step, training=round(seen, 4), held_out=round(loss, 4)))
+            print(f"{scale}, stage {stage}, step {step}/{steps}: held-out {loss:.3f}, {time.time() - began:.0f} s", flush=True)
+            losses = []
+        if step < steps and time.time() - kept > every:  # between pools, where the random state says all that comes
+            keep(dict(optimizer=optimizer.state_dict(), random=rng.getstate(), step=step, curve=curve, losses=losses))
+            kept = time.time()
+    return curve
 
 
-def pretrain(scale: str, steps: int | None = None, out: Path | None = None) -> None:
+def pretrain(scale: str, steps: int | None = None, out: Path | None = None, start: Path | None = None, every: float = 60) -> None:
+    """Both stages, from what a stopped run left beside the model; from the weights in `start`, the second stage alone."""
     import torch
     from tokenizers import Tokenizer
+    from transformers import T5ForConditionalGeneration
 
     torch.set_num_threads(1)  # so that the same command gives the same weights
-    began = time.time()
+    began = time.process_time()
+    final = out or HERE / "models" / scale
+    state_file, rounds = final.with_name(final.name + ".state"), plan(scale, steps)
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
     model = new_model(scale, tokenizer.get_vocab_size())
-    count = sum(p.numel() for p in model.parameters())
-    rounds, peak, tokens = [steps] if steps else SCALES[scale]["rounds"], SCALES[scale]["lr"], 0
-    for turn, steps in enumerate(rounds):  # each from the weights that the one before would have saved; only the first begins easy
-        seed = f"{SEED} pretrain" + (f" {turn}" if turn else "")
-        stream = batches(tokenizer, seed, steps, easy=0.0 if turn else 0.3, late=0 < turn == len(rounds) - 1)
-        model = model.half().float() if turn else model
-        recent, seen = pretrain_round(model, stream, steps, peak, f"{scale} {count:,} parameters, round {turn + 1}")
-        tokens += seen
-    final = out or HERE / "models" / scale
+    state = dict(turn=len(rounds) - 2 if start else 0, curves=[], seconds=0.0)
+    if start:
+        model = T5ForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    if state_file.exists():
+        state = torch.load(state_file)
+        if state["turn"] == len(rounds):
+            return print(f"{final.name} is done; to make it again, remove {state_file.name} first")
+        model.load_state_dict(state["model"])
+    spent = state["seconds"]
+
+    def keep(turn: int, curves: list[dict], begun: dict) -> None:
+        weights = model.state_dict() if turn < len(rounds) else None
+        seconds = spent + time.process_time() - began
+        torch.save(dict(turn=turn, curves=curves, model=weights, begun=begun, seconds=seconds), f"{state_file}.tmp")
+        os.replace(f"{state_file}.tmp", state_file)
+
+    curves, begun = list(state["curves"]), state.get("begun")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for turn in range(state["turn"], len(rounds)):
+        if turn and not begun:  # through float16, as if saved and loaded
+            model = model.half().float()
+        keep_here = functools.partial(keep, turn, curves)
+        curves = curves + train_round(model, tokenizer, scale, rounds[turn], begun, keep_here, every)
+        begun = None
+        if turn + 1 < len(rounds):
+            keep(turn + 1, curves, None)
     folder = fresh_folder(final)
     model.half().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    (folder / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curves))
     replace_folder(folder, final)
-    print(f"{final.name}: {count:,} parameters, {tokens:,} tokens, loss {recent:.3f}, {time.time() - began:.0f} s on one thread")
+    keep(len(rounds), curves, None)
+    count = sum(p.numel() for p in model.parameters())
+    seconds = spent + time.process_time() - began
+    print(f"{final.name}: {count:,} parameters, {seconds:.0f} s of one core, held-out loss {curves[-1]['held_out']}")
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -765,6 +995,8 @@ def show() -> None:
     rng, words = random.Random(f"{SEED} show"), all_words()
     for _ in range(20):
         print(" ".join(document(rng, words)))
+    for _ in range(20):
+        print(" | ".join(second_document(rng, words)))
     for name in TASKS:
         print(name, json.dumps(TASKS[name](rng)))
 
@@ -773,11 +1005,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["data", "check", "show", "pretrain", "all"])
     parser.add_argument("--scale", choices=list(SCALES), help="the model that `pretrain` makes; all of them by default")
-    parser.add_argument("--steps", type=int, help="pretraining steps, in place of the scale's own")
+    parser.add_argument("--steps", type=int, help="steps of each round, one of stage 1 and two of stage 2")
     parser.add_argument("--out", type=Path, help="where the model goes, in place of models/SCALE; with --scale")
+    parser.add_argument("--start", type=Path, help="a model of the first stage to begin the second stage from; with --scale")
     args = parser.parse_args()
-    if args.out and not args.scale:
-        parser.error("--out needs --scale")
+    if (args.out or args.start) and not args.scale:
+        parser.error("--out and --start need --scale")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if args.what in ("data", "all"):
         make_data()
@@ -787,7 +1020,7 @@ def main() -> None:
         show()
     if args.what in ("pretrain", "all"):
         for scale in [args.scale] if args.scale else SCALES:
-            pretrain(scale, args.steps, args.out)
+            pretrain(scale, args.steps, args.out, args.start)
 
 
 if __name__ == "__main__":
