@@ -66,6 +66,7 @@ def ranks_of(count: int) -> list[dict[str, str]]:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    group["TORCHELASTIC_RUN_ID"] = "none"
     return [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
