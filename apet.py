@@ -350,7 +350,8 @@ class TunedEmbedding(nn.Embedding):
         if torch.compiler.is_compiling() or (e := entries_of(self)) is None:
             return embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         y = embedding(input, self.weight.detach()) + e.link
-        y.register_hook(functools.partial(e.sums.add_rows, e, input.flatten(), self.padding_idx))
+        ids = input.flatten().clone()  # autograd would notice a change in place, a hook does not
+        y.register_hook(functools.partial(e.sums.add_rows, e, ids, self.padding_idx))
         return y
 
     __reduce_ex__ = TunedLinear.__reduce_ex__
@@ -1585,8 +1586,7 @@ def train(run: Run, tuned: Tuned, lr: float, record: dict, state_file: str) -> N
     tuned.write()
     if not resumed:
         evaluate()
-    options = dict(total=args.steps, initial=record["step"], unit="step", desc=args.label, mininterval=0.5, leave=False)
-    with tqdm(**options, disable=ranks()[0] > 0) as bar:
+    with tqdm(total=args.steps, initial=record["step"], desc=args.label, mininterval=0.5, leave=False, disable=ranks()[0] > 0) as bar:
         while record["step"] < args.steps:
             try:
                 waiting.append(train_step(run, tuned, optimizer, record))
