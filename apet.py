@@ -1586,7 +1586,7 @@ def train(run: Run, tuned: Tuned, lr: float, record: dict, state_file: str) -> N
     tuned.write()
     if not resumed:
         evaluate()
-    with tqdm(total=args.steps, initial=record["step"], desc=args.label, mininterval=0.5, leave=False, disable=ranks()[0] > 0) as bar:
+    with tqdm(total=args.steps, initial=record["step"], desc=args.label, mininterval=0.5, leave=False, disable=ranks()[0]) as bar:
         while record["step"] < args.steps:
             try:
                 waiting.append(train_step(run, tuned, optimizer, record))
