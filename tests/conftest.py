@@ -62,9 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def ranks_of(count: int) -> list[dict[str, str]]:
     """The environment of each of several processes, as torchrun starts them."""
+    own = 20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # no other worker's; the system gives others
     with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+        port = str(next(port for port in range(own + os.getpid() % 500, own + 1_000) if free.connect_ex(("localhost", port))))
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     group["TORCHELASTIC_RUN_ID"] = "none"
     return [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
