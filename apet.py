@@ -88,7 +88,7 @@ class APET:
         self._pretrained = [w.detach().take(index) for w, index in zip(self._weights, self._indices, strict=True)]
         self._sizes = [len(index) for index in self._indices]
         self.values = nn.Parameter(torch.cat([p.to(self._weights[0].device, torch.float32) for p in self._pretrained]))
-        self._passes: dict[object, list] = {}  # of each running backward pass, (number of the tensor, gradient)
+        self._passes: dict[object, list] = {}  # of each running backward pass by its number: (number of the tensor, gradient)
         self._put_off: list[Callable[[int], list]] = []  # what the fast path brings at the end of a pass
         self._attached, self._smallest, self._sentinel = False, min(self._weights, key=Tensor.numel), None
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
@@ -257,17 +257,18 @@ class Sums:
         if (brought := self.brought()) is None:
             return
         if e.sampled:
-            return brought.append((e.number, self.sampled_sums(e, dy, x)))
-        if len(e.row) > FEW:  # a part of the entries at a time
+            brought.append((e.number, self.sampled_sums(e, dy, x)))
+        elif len(e.row) > FEW:  # a part of the entries at a time
             column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
             parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
-            return brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(x, c)) for r, c in parts])))
-        key = torch._C._current_graph_task_id(), dy.device, dy.shape[:-1], dy.dtype
-        group = self.apet._passes.setdefault(key, [0])
-        group.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
-        group[0] += group[-1][1].numel()
-        if group[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
-            brought += self.sum_up(key)
+            brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(x, c)) for r, c in parts])))
+        else:
+            key = torch._C._current_graph_task_id(), dy.device, dy.shape[:-1], dy.dtype
+            group = self.apet._passes.setdefault(key, [0])  # the numbers that wait, then what they are
+            group.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
+            group[0] += group[-1][1].numel()
+            if group[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
+                brought += self.sum_up(key)
 
     def sum_up(self, key: tuple) -> list[tuple[int, Tensor]]:
         numbers, dys, xs = zip(*self.apet._passes.pop(key)[1:], strict=True)
@@ -613,9 +614,9 @@ def _largest(tensors: Iterable[Tensor], k: int) -> list[np.ndarray]:
         top = torch.cat([top, scores(t).topk(min(k, t.numel())).values.cpu()])
         top = top.topk(min(k, len(top))).values
     last, ties = top[-1].item(), int((top == top[-1]).sum())
-    for t in tensors:
-        equal = scores(t) == last
-        out.append(((scores(t) > last) | (equal & (equal.cumsum(0) <= ties))).nonzero().flatten().cpu().numpy())
+    for s in map(scores, tensors):
+        equal = s == last
+        out.append(((s > last) | (equal & (equal.cumsum(0) <= ties))).nonzero().flatten().cpu().numpy())
         ties -= min(ties, int(equal.sum()))
     return out
 
@@ -647,10 +648,11 @@ def _own_positions(model: nn.Module, budget: Budget, mask: Mapping) -> dict[str,
     for name in sorted(mask, key=lambda name: list(params).index(one_of(name, params, "parameter"))):
         own, size = mask[name], params[name].numel()
         try:
-            index = np.sort(own.cpu() if isinstance(own, Tensor) else own)
-            if index.size and not (index.dtype.kind in "iu" and index[0] >= 0 and index[-1] < size and np.diff(index).all()):
+            index = np.sort(own.cpu() if isinstance(own, Tensor) else own if isinstance(own, np.ndarray) else list(own))
+            whole = index.ndim == 1 and (index.dtype.kind in "iu" or not index.size)
+            if not whole or (index.size and not (index[0] >= 0 and index[-1] < size and np.diff(index).all())):
                 raise ValueError
-            out |= {name: torch.from_numpy(index.astype(np.int64).reshape(-1))} if index.size else {}
+            out |= {name: torch.from_numpy(index.astype(np.int64))} if index.size else {}
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"the positions of {name} must be a flat list of different whole numbers, 0 to {size - 1:,}") from None
     k = sum(map(len, out.values()))

@@ -643,7 +643,7 @@ def plot_positions(main: list[Group], found: dict) -> plt.Figure | None:
     known, near = spreads(main), {g[:7] for g in within_reach(main)}
     if not known:
         return None
-    y = f"standard deviation over random positions (at least {FLOOR})"
+    y = f"sd over random positions (at least {FLOOR})"
     figure, axes = panel_a_task(main, "parameters of the model", y, [g.total for g in main])
     for ax, here in axes:
         ax.set_yscale("log")
@@ -671,13 +671,14 @@ def plot_budget(main: list[Group], found: dict) -> plt.Figure | None:
         for i, model in enumerate(models):
             mine = sorted((g for g in here if g[:2] == model and g.method in ("none", "apet", "full")), key=lambda g: g.budget)
             x, y, colour = [10**g.x for g in mine], [g.mean for g in mine], {"color": COLOURS[i % 7]}
+            pooled = [*rising(g.mean for g in mine if g.method != "full"), *(g.mean for g in mine if g.method == "full")]
             if mine:
                 ax.errorbar(x, y, [np.nan_to_num(g.sd) for g in mine], elinewidth=1, **style(i) | {"marker": "."}, label=model[0])
             line(ax, [(g.budget, g.mean) for g in mine if g.method == "full"], **colour, **square)
             for kind, mark in marks.items():
                 t = found.get((*model, here[0].task, kind))
                 if t and t.mark in ("", "<="):
-                    line(ax, [(t.value, np.interp(math.log10(t.value), np.log10(x), y))], **colour, **mark)
+                    line(ax, [(t.value, np.interp(math.log10(t.value), np.log10(x), pooled))], **colour, **mark)
         for g in (g for g in here if len(models) == 1 and g.method in METHODS[1:]):
             line(ax, [(g.budget, g.mean)], label=g.method, **style(METHODS.index(g.method)) | {"linestyle": "none"})
         for kind, mark in marks.items():

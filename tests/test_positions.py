@@ -249,6 +249,12 @@ def test_budgets_are_read_as_people_write_them():
     assert count(select_positions(model, "lora")) == 2048
 
 
+@pytest.mark.parametrize("kind", [list, tuple, set, iter, np.array, torch.tensor])
+def test_own_positions_may_be_any_iterable_of_whole_numbers(kind):
+    got = select_positions(build("t5"), None, {"shared.weight": kind([7, 0, 3])})
+    assert list(got) == ["shared.weight"] and got["shared.weight"].tolist() == [0, 3, 7]
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
@@ -292,6 +298,8 @@ def test_budgets_are_read_as_people_write_them():
             dict(budget=None, mask={"shared.weight": torch.ones(3, dtype=torch.int64, device="meta")}),
             "list of different whole numbers",
         ),
+        (dict(budget=None, mask={"shared.weight": [[1], [1]]}), "list of different whole numbers"),
+        (dict(budget=None, mask={"shared.weight": torch.tensor([[3]])}), "list of different whole numbers"),
         (dict(budget=None, mask={3: [1]}), "unknown parameter"),
         (dict(budget=1, mask="gradient"), "needs batches"),
         (dict(budget=None, mask={}), "positions are empty"),
