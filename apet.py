@@ -1,9 +1,4 @@
 #!/usr/bin/env python3
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "numpy==2.4.6", "tqdm==4.70.1", "safetensors==0.8.0",
-#     "rouge-score==0.1.2", "sentencepiece==0.2.3", "protobuf==7.36.2"]
-# ///
 """APET: tune exactly k scalars of a pretrained model, at any positions (arbitrary parameter-efficient tuning).
 
 After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient Tuning", EMNLP 2023.
@@ -44,7 +39,8 @@ from torch.nn.functional import embedding, linear, pad
 Budget = int | float | str | None
 Mask = str | Mapping[str, Iterable[int]]
 Batches = Iterable[Mapping[str, Tensor] | Callable[[], Tensor]] | None
-TUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models that have an APET
+TUNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all modules of the models that have an APET
+ENGINE = torch.autograd.Variable._execution_engine  # its is_checkpoint_valid(): the running backward pass has no inputs=
 
 
 class UserError(ValueError, argparse.ArgumentTypeError):
@@ -72,11 +68,15 @@ class APET:
         backend: str = "auto", batches: Batches = None,
     ):  # fmt: skip
         one_of(backend, ("auto", "hook", "gather"), "backend")
+        if not isinstance(model, nn.Module):
+            raise UserError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
         if isinstance(model, nn.parallel.DistributedDataParallel):  # it would wait for the gradients of what is frozen now
             model.require_backward_grad_sync = False
             model = model.module
-        if model in TUNED:
-            raise UserError("this model has an APET already: remove() that one first")
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        modules = list(model.modules())
+        if not TUNED.isdisjoint(modules):
+            raise UserError("this model, or a part of it, has an APET already: remove() that one first")
         budget = 10_000 if budget is None and isinstance(mask, str) else budget
         self.positions = select_positions(model, budget, mask, seed, where, batches)
         self.about = dict(mask=mask if isinstance(mask, str) else "own", seed=str(seed), where=str(where))
@@ -88,20 +88,20 @@ class APET:
         self._pretrained = [w.detach().take(index) for w, index in zip(self._weights, self._indices, strict=True)]
         self._sizes = [len(index) for index in self._indices]
         self.values = nn.Parameter(torch.cat([p.to(self._weights[0].device, torch.float32) for p in self._pretrained]))
-        self._passes: dict[object, list] = {}  # of each running backward pass by its number: (number of the tensor, gradient)
-        self._put_off: list[Callable[[int], list]] = []  # what the fast path brings at the end of a pass
-        self._attached, self._smallest, self._sentinel = False, min(self._weights, key=Tensor.numel), None
+        self._passes: dict[int, dict] = {}  # of each running backward pass: {number of the tensor: gradient of its entries}
+        self._attached, self._smallest = False, min(self._weights, key=Tensor.numel)
+        self._sentinel: Tensor | None = None  # zeros in _smallest.grad: model.zero_grad(), which can't see values, takes them
+        self._sum_rest: Callable[[dict], None] = lambda grads: None  # what the fast path has put off to the end of a pass
         self._undo = contextlib.ExitStack()  # what is done to the model from here on, remove() undoes in reverse
-        TUNED.add(model)
-        self._undo.callback(TUNED.discard, model)
+        TUNED.update(modules)
+        self._undo.callback(TUNED.difference_update, modules)
         for p in named.values():
             self._undo.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(False)
             p.grad = None
         for number, (weight, index) in enumerate(zip(self._weights, self._indices, strict=True)):
             weight.requires_grad_(True)
-            hook = functools.partial(self._take, number, index)
-            self._undo.callback(weight.register_post_accumulate_grad_hook(hook).remove)
+            self._undo.callback(weight.register_post_accumulate_grad_hook(functools.partial(self._take, number, index)).remove)
         self._owner = model.get_submodule(next(iter(self.positions)).rpartition(".")[0])
         self._in_group = "WORLD_SIZE" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
         if self._in_group:  # DDP around the model shall wait for one parameter, which takes the hook path, and see no other
@@ -112,38 +112,34 @@ class APET:
 
     def _take(self, number: int, index: Tensor | None, weight: Tensor) -> None:
         """Autograd has formed a weight's dense gradient: gather the chosen entries (None: all), and drop it."""
-        if (grad := weight.grad) is not None:  # None where a compiled model calls the hook
+        if (grad := weight.grad) is not None and ENGINE.is_checkpoint_valid():  # None where a compiled model calls the hook
             grad = grad.to_dense() if grad.is_sparse else grad
-            self._running_pass().append((number, grad if index is None else grad.take(index)))
-            weight.grad = None
+            add_part(self._running_pass(), number, grad if index is None else grad.take(index))
+            weight.grad = self._sentinel.zero_() if weight is self._smallest and self._sentinel is not None else None
 
-    def _running_pass(self) -> list[tuple[int, Tensor]]:
+    def _running_pass(self) -> dict:
         """What the running backward pass has brought so far; `_finish` adds it to values.grad when the pass ends."""
         task = torch._C._current_graph_task_id()
-        if (brought := self._passes.get(task)) is None:
-            if self._sentinel is not None and not self._passes and self._smallest.grad is not self._sentinel:
-                self.values.grad = None  # model.zero_grad() has taken the sentinel, see _finish
-            brought = self._passes.setdefault(task, [])  # autograd runs a thread for each device: the first one's list
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, task))
-        return brought
+        if task not in self._passes:
+            if self._sentinel is not None and self._smallest.grad is not self._sentinel:
+                self.values.grad = self._sentinel = None
+            self._passes.setdefault(task, {})  # autograd runs a thread for each device: the first one's
+            ENGINE.queue_callback(functools.partial(self._finish, task))
+        return self._passes[task]
 
     @torch.no_grad()
     def _finish(self, task: int) -> None:
-        if (brought := self._passes.pop(task, None)) is None:
+        if (grads := self._passes.pop(task, None)) is None:  # another thread has finished this pass
             return
-        for late in self._put_off:
-            brought += late(task)
-        parts: list[Tensor | None] = [None] * len(self._sizes)
-        for number, part in brought:
-            parts[number] = part if parts[number] is None else parts[number] + part
+        self._sum_rest(grads)
         zero, dist = torch.zeros((), device=self.values.device), torch.distributed
-        new = [zero.expand(n) if p is None else p.to(zero.device) for p, n in zip(parts, self._sizes, strict=True)]
-        grad, new = self.values.grad, torch.cat(new).float()
+        parts = [grads[i].to(zero.device) if i in grads else zero.expand(n) for i, n in enumerate(self._sizes)]
+        grad, new = self.values.grad, torch.cat(parts).float()
         grad = self.values.grad = new if grad is None else grad.add_(new)
         if self._attached and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(grad)  # what earlier passes left is equal on all processes: the mean keeps it
             grad /= dist.get_world_size()
-        if self._attached:  # Trainer calls model.zero_grad(), which can't see `values`: these zeros will be gone
+        if self._attached:
             self._smallest.grad = self._sentinel = torch.zeros_like(self._smallest)
 
     @torch.no_grad()
@@ -157,14 +153,17 @@ class APET:
         write_entries(self._weights, self._indices, [cast[kind][number] for number, kind in enumerate(kinds)])
 
     @torch.no_grad()
+    def read(self) -> None:
+        """The model's weights -> values: after a checkpoint was loaded into the model."""
+        self.values.copy_(torch.cat([w.take(index).to(self.values) for w, index in zip(self._weights, self._indices, strict=True)]))
+
+    @torch.no_grad()
     def restore(self) -> None:
         """The pretrained numbers -> the model's weights, bit for bit. `values` stays, so write() brings it back."""
         write_entries(self._weights, self._indices, [p.to(w.dtype) for p, w in zip(self._pretrained, self._weights, strict=True)])
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """write() and values.grad = None after each optimizer.step(), until remove(); model.zero_grad() clears it, too.
-
-        Under a process group, every backward pass ends with the mean of values.grad over the processes."""
+        """After each optimizer.step(): write() and values.grad = None; under a process group, after each backward pass its mean."""
 
         def after_step(*_: object) -> None:
             self.write()
@@ -189,6 +188,10 @@ class APET:
     def load(cls, model: nn.Module, file: str | os.PathLike, *, backend: str = "auto") -> APET:
         """The APET that `save` wrote, its values written into `model`. ValueError if the file is for another model."""
         return load_delta(model, file, backend)
+
+
+def add_part(grads: dict, number: int, part: Tensor) -> None:
+    grads[number] = grads[number] + part if number in grads else part  # a tied or repeated layer brings several
 
 
 def write_entries(weights: list[nn.Parameter], indices: list[Tensor], numbers: Iterable[Tensor]) -> None:
@@ -222,15 +225,14 @@ COST = {
 }
 FEW = 2048  # entries that are summed at a time: tokens x entries numbers are a layer's largest temporary
 PUT_OFF = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers that wait for their sum: bounds the memory
-WHOLE_BACKWARD = torch.autograd.Variable._execution_engine.is_checkpoint_valid  # loss.backward() without inputs=
 
 
 class Entries(NamedTuple):
     """The k chosen entries of one layer's weight. Indices are int64, on the weight's device."""
 
+    apet: APET
     weight: nn.Parameter
     number: int  # of the tensor among those that are tuned
-    sums: Sums
     row: Tensor  # (k,)
     column: Tensor | None  # (k,): its place in what forward keeps; None: one column for each entry
     keep: Tensor | None = None  # the columns of x that forward keeps; None: x itself
@@ -239,67 +241,64 @@ class Entries(NamedTuple):
     piece: Tensor | None = None  # (k,) zeros, of which compiled models return the gradient
 
 
-class Sums:
-    """Makes the sums of all layers. Small ones are put off and made together: fewer calls."""
+def running_pass(e: Entries) -> dict | None:
+    """Where the running backward pass brings its gradients; None if it asks for those of inputs alone."""
+    if torch.is_grad_enabled():
+        raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
+    return e.apet._running_pass() if ENGINE.is_checkpoint_valid() else None
 
-    def __init__(self, apet: APET):
-        self.apet, self.tables = apet, {}  # number of the tensor: sparse zeros (rows, columns kept), for sampled sums
-        apet._put_off.append(self.rest)
 
-    def brought(self) -> list[tuple[int, Tensor]] | None:
-        """What the running pass has brought; None if it asks for the gradients of inputs alone."""
-        if torch.is_grad_enabled():
-            raise UserError('the fast path has no second derivatives (create_graph=True): make the APET with backend="hook"')
-        return self.apet._running_pass() if WHOLE_BACKWARD() else None
+def add_linear(e: Entries, dy: Tensor, x: Tensor) -> None:
+    """dy: (..., rows), x: (..., columns kept). Small sums wait in the pass's dict, and are made together: fewer calls."""
+    if (grads := running_pass(e)) is None:
+        return
+    if e.sampled:
+        add_part(grads, e.number, sampled_sums(e, dy, x))
+    elif len(e.row) > FEW:  # a part of the entries at a time
+        column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
+        parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
+        add_part(grads, e.number, torch.cat([sum_products(columns(dy, r), columns(x, c)) for r, c in parts]))
+    else:
+        key = dy.device, dy.shape[:-1], dy.dtype
+        waiting = grads.setdefault(key, [0])  # how many numbers wait, then what they are
+        waiting.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
+        waiting[0] += waiting[-1][1].numel()
+        if waiting[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
+            sum_waiting(grads, key)
 
-    def add(self, e: Entries, dy: Tensor, x: Tensor) -> None:
-        """dy: (..., rows), x: (..., columns kept)."""
-        if (brought := self.brought()) is None:
-            return
-        if e.sampled:
-            brought.append((e.number, self.sampled_sums(e, dy, x)))
-        elif len(e.row) > FEW:  # a part of the entries at a time
-            column = torch.arange(len(e.row), device=dy.device) if e.column is None else e.column
-            parts = zip(e.row.split(FEW), column.split(FEW), strict=True)
-            brought.append((e.number, torch.cat([sum_products(columns(dy, r), columns(x, c)) for r, c in parts])))
-        else:
-            key = torch._C._current_graph_task_id(), dy.device, dy.shape[:-1], dy.dtype
-            group = self.apet._passes.setdefault(key, [0])  # the numbers that wait, then what they are
-            group.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
-            group[0] += group[-1][1].numel()
-            if group[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
-                brought += self.sum_up(key)
 
-    def sum_up(self, key: tuple) -> list[tuple[int, Tensor]]:
-        numbers, dys, xs = zip(*self.apet._passes.pop(key)[1:], strict=True)
-        sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
-        return list(zip(numbers, sums, strict=True))
+def sum_waiting(grads: dict, key: tuple) -> None:
+    numbers, dys, xs = zip(*grads.pop(key)[1:], strict=True)
+    sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
+    for number, part in zip(numbers, sums, strict=True):
+        add_part(grads, number, part)
 
-    def rest(self, task: int) -> list[tuple[int, Tensor]]:
-        keys = [key for key in self.apet._passes if isinstance(key, tuple) and key[0] == task]
-        return [part for key in keys for part in self.sum_up(key)]
 
-    def add_rows(self, e: Entries, ids: Tensor, padding: int | None, dy: Tensor) -> None:
-        """An embedding: the output's gradient dy (..., columns), summed over equal ids, at the chosen entries."""
-        if (brought := self.brought()) is None:
-            return
-        dy, ordered = dy.reshape(len(ids), dy.shape[-1]), ids.sort().values
-        sums = torch.zeros(len(ids) + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
-        sums.index_add_(0, torch.searchsorted(ordered, ids), dy.to(sums.dtype))  # where the first of equal ids is
-        place = torch.searchsorted(ordered, e.row.to(ids.dtype))
-        found = (pad(ordered, (0, 1), value=-1)[place] == e.row) & (e.row != (-1 if padding is None else padding))
-        brought.append((e.number, sums[place, e.column].where(found, 0)))
+def sum_rest(grads: dict) -> None:
+    for key in [key for key in grads if isinstance(key, tuple)]:
+        sum_waiting(grads, key)
 
-    def sampled_sums(self, e: Entries, dy: Tensor, x: Tensor) -> Tensor:
-        """(..., rows), (..., columns kept) -> (k,): for many entries, rows and columns are laid out first."""
-        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if e.number not in self.tables:
-            ends, zeros = pad(e.row.bincount(minlength=dy.shape[1]).cumsum(0), (1, 0)), torch.zeros(len(e.row), device=dy.device)
-            with warnings.catch_warnings():  # "sparse CSR support is in beta"; the one function used here is tested
-                warnings.simplefilter("ignore")
-                self.tables[e.number] = torch.sparse_csr_tensor(ends, e.column, zeros, size=(dy.shape[1], x.shape[1]))
-        x = x.t().contiguous().t().float()
-        return torch.sparse.sampled_addmm(self.tables[e.number], dy.t().float(), x, beta=0.0).values()
+
+def add_embedding(e: Entries, ids: Tensor, padding: int | None, dy: Tensor) -> None:
+    """The output's gradient dy (..., columns), summed over equal ids, at the chosen entries."""
+    if (grads := running_pass(e)) is None:
+        return
+    dy, ordered = dy.reshape(len(ids), dy.shape[-1]), ids.sort().values
+    sums = torch.zeros(len(ids) + 1, dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    sums.index_add_(0, torch.searchsorted(ordered, ids), dy.to(sums.dtype))  # row: where the first of equal ids is
+    place = torch.searchsorted(ordered, e.row.to(ids.dtype))
+    found = (pad(ordered, (0, 1), value=-1)[place] == e.row) & (e.row != (-1 if padding is None else padding))
+    add_part(grads, e.number, sums[place, e.column].where(found, 0))
+
+
+def sampled_sums(e: Entries, dy: Tensor, x: Tensor) -> Tensor:
+    """(..., rows), (..., columns kept) -> (k,): for many entries, rows and columns are laid out first."""
+    dy, x, tables = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), e.apet._tables
+    if e.number not in tables:
+        ends, zeros = pad(e.row.bincount(minlength=dy.shape[1]).cumsum(0), (1, 0)), torch.zeros(len(e.row), device=dy.device)
+        with warnings.catch_warnings(action="ignore"):  # "sparse CSR support is in beta"; the one function used here is tested
+            tables[e.number] = torch.sparse_csr_tensor(ends, e.column, zeros, size=(dy.shape[1], x.shape[1]))
+    return torch.sparse.sampled_addmm(tables[e.number], dy.t().float(), x.t().contiguous().t().float(), beta=0.0).values()
 
 
 class LinearEntries(torch.autograd.Function):
@@ -323,7 +322,7 @@ class LinearEntries(torch.autograd.Function):
         db = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[1] else None
         if torch.compiler.is_compiling():
             return dx, db, sum_products(columns(dy, e.row), kept if e.column is None else columns(kept, e.column)), None
-        e.sums.add(e, dy, kept)
+        add_linear(e, dy, kept)
         return dx, db, None, None
 
 
@@ -352,7 +351,7 @@ class TunedEmbedding(nn.Embedding):
             return embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
         y = embedding(input, self.weight.detach()) + e.link
         ids = input.flatten().clone()  # autograd would notice a change in place, a hook does not
-        y.register_hook(functools.partial(e.sums.add_rows, e, ids, self.padding_idx))
+        y.register_hook(functools.partial(add_embedding, e, ids, self.padding_idx))
         return y
 
     __reduce_ex__ = TunedLinear.__reduce_ex__
@@ -379,9 +378,11 @@ def sum_products(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def set_class(layer: nn.Module, kind: type[nn.Module], entries: Entries | None = None) -> None:
-    layer.__class__, layer.tuned = kind, entries
+    layer.__class__ = kind
     if entries is None:
         del layer.tuned
+    else:
+        layer.tuned = entries
     if "_old_forward" in vars(layer):  # accelerate has wrapped it
         layer._old_forward = kind.forward.__get__(layer)
 
@@ -393,12 +394,13 @@ def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
         plain = "forward" not in vars(m) or hasattr(m, "_hf_hook")  # accelerate wraps forward, and calls the old one
         if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
             layers.setdefault(id(m.weight), []).append(m)
-    sums, links = Sums(apet), {w.device: torch.zeros((), device=w.device, requires_grad=True) for w in apet._weights}
+    links = {w.device: torch.zeros((), device=w.device, requires_grad=True) for w in apet._weights}
+    apet._sum_rest, apet._tables = sum_rest, {}  # tables: number of the tensor: sparse zeros (rows, columns kept), for sampled sums
     for number, (weight, index) in enumerate(zip(apet._weights, apet._indices, strict=True)):
         if id(weight) not in layers or backend == "hook" or (apet._in_group and weight is apet._smallest):
             continue
         piece = weight.new_zeros((), dtype=torch.float32).expand(len(index)).requires_grad_()
-        e = Entries(weight, number, sums, index, None, link=links[weight.device], piece=piece)
+        e = Entries(apet, weight, number, index, None, link=links[weight.device], piece=piece)
         made = [choose_entries(m, e) for m in layers[id(weight)]]
         if backend == "gather" or any(cheaper for _, cheaper in made):
             piece.register_post_accumulate_grad_hook(functools.partial(apet._take, number, None))
@@ -500,7 +502,7 @@ def one_of(word: object, known: Iterable[str], what: str) -> str:
     if isinstance(word, str) and word in known:
         return word
     close = difflib.get_close_matches(str(word)[:100], known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else "one of " + ", ".join(known)
+    hint = f"did you mean {close[0]!r}?" if close else "one of " + ", ".join(known[:30]) + ", ..." * (len(known) > 30)
     raise UserError(f"unknown {what} {repr(word)[:100]}: {hint}")
 
 
@@ -613,6 +615,8 @@ def _largest(tensors: Iterable[Tensor], k: int) -> list[np.ndarray]:
     for t in tensors:
         top = torch.cat([top, scores(t).topk(min(k, t.numel())).values.cpu()])
         top = top.topk(min(k, len(top))).values
+    if top.isnan().any():
+        raise UserError("this mask finds weights or gradients that are not a number (NaN)")
     last, ties = top[-1].item(), int((top == top[-1]).sum())
     for s in map(scores, tensors):
         equal = s == last
@@ -626,6 +630,8 @@ def _squared_gradients(model: nn.Module, params: Iterable[nn.Parameter], batches
     batches = list(batches) if isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor)) else []
     if not batches or not all(callable(b) or isinstance(b, Mapping) for b in batches):
         raise UserError('mask="gradient" needs batches=[...]: a few keyword arguments of the model, labels included')
+    if model in TUNED:  # autograd forms no gradients of its weights
+        raise UserError('mask="gradient" wants the plain model: remove() its APET first')
     sums, frozen = [torch.zeros_like(p, dtype=torch.float32) for p in params], [p for p in params if not p.requires_grad]
     try:
         for p in frozen:
@@ -674,6 +680,8 @@ def save_delta(apet: APET, file: str | os.PathLike, more: Mapping[str, Tensor], 
     `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; `more` tensors under their names;
     about: mask, seed, where, what was given, and `layout`: a list of [name, shape, number of positions].
     """
+    if not apet.values.isfinite().all():
+        raise UserError("values are not finite: the training has diverged, and there is nothing to save")
     layout = [[n, list(w.shape), len(i)] for (n, i), w in zip(apet.positions.items(), apet._weights, strict=True)]
     wide = max(w.numel() for w in apet._weights) > 2**31 - 1
     indices = torch.cat(list(apet.positions.values())).to(torch.int64 if wide else torch.int32)
@@ -686,7 +694,7 @@ def load_delta(model: nn.Module, file: str | os.PathLike, backend: str = "auto")
     tensors, about = load_tensors(file)
     try:
         values, indices, layout = tensors["values"], tensors["indices"], about["layout"]
-        shapes, counts = {n: tuple(shape) for n, shape, _ in layout}, [int(count) for _, _, count in layout]
+        shapes, counts = {str(n): tuple(shape) for n, shape, _ in layout}, [count for _, _, count in layout]
         if (values.dtype, about["format"]) != (torch.float32, "apet 2") or indices.dtype not in (torch.int32, torch.int64):
             raise ValueError
         if not values.shape == indices.shape == (sum(counts),) or len(shapes) < len(counts) or not values.isfinite().all():
@@ -699,10 +707,10 @@ def load_delta(model: nn.Module, file: str | os.PathLike, backend: str = "auto")
         if own.get(name) != shape:
             here = f"{own[name]} here" if name in own else "not in this one"
             raise UserError(f"{file} was made for another model: {name[:100]!r} is {shape} there and {here}")
-    positions = select_positions(model, None, parts)
-    if list(positions) != list(parts) or any(not torch.equal(positions[n], i) for n, i in parts.items()):
+    apet = APET(model, None, mask=parts, backend=backend)
+    if list(apet.positions) != list(parts) or any(not torch.equal(apet.positions[n], i) for n, i in parts.items()):
+        apet.remove()
         raise UserError(f"{file} was made for another model: its parameters come in another order")
-    apet = APET(model, None, mask=positions, backend=backend)
     apet.about = {key: about.get(key, "") for key in apet.about}
     with torch.no_grad():
         apet.values.copy_(values)
@@ -737,13 +745,15 @@ def write_file(file: str | os.PathLike, write: Callable[[str], object]) -> None:
     """`write` a temporary file in the same folder, then rename it: whoever reads sees all of it or nothing."""
     temporary = f"{os.path.abspath(file)}.{os.getpid()}.tmp"
     try:
-        open(temporary, "wb").close()  # a folder that can't be written to is known at once
+        with open(temporary, "wb") as f:  # a folder that can't be written to is known at once
+            mode = os.fstat(f.fileno()).st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors has replaced the file by one that the owner alone may read
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, file)
-    except OSError as e:
-        raise UserError(f"can't write {file}: {e.strerror or e}") from None
+    except Exception as e:  # of the system, safetensors and torch.save, which share no class
+        raise UserError(f"can't write {file}: {getattr(e, 'strerror', None) or e}") from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

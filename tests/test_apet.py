@@ -5,6 +5,8 @@ import gc
 import io
 import json
 import re
+import resource
+import signal
 import subprocess
 import sys
 import weakref
@@ -230,7 +232,7 @@ def test_a_delta_for_another_model_is_a_clear_error(tmp_path):
 
 
 DAMAGE = ("missing", "empty", "text", "cut", "other", "pickle", "layout", "unsorted", "far")
-DAMAGE += ("float", "bfloat16", "complex64", "uint8", "nan", "inf", "twice", "bomb", "no list", "no shape")
+DAMAGE += ("float", "bfloat16", "complex64", "uint8", "nan", "inf", "twice", "bomb", "no list", "no shape", "no name")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -276,6 +278,8 @@ def test_a_broken_delta_is_one_line(tmp_path, damage):
         save_file(tensors, file, with_layout({"weight": 3}))
     elif damage == "no shape":
         save_file(tensors, file, with_layout([["weight", None, 3]]))
+    elif damage == "no name":
+        save_file(tensors, file, with_layout([[5, [2], 3]]))
     with pytest.raises(ValueError) as e:
         APET.load(model, file)
     assert "\n" not in str(e.value)
@@ -313,7 +317,56 @@ def test_two_saves_of_the_same_numbers_are_the_same_bytes(tmp_path):
         assert json.loads(f.metadata()["apet"])["key 7"] == "text 7 ü" and torch.equal(f.get_tensor("values"), apet.values)
 
 
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
+    apet = APET(torch.nn.Linear(3, 3), 4)
+    with torch.no_grad():
+        apet.values[1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        apet.save(tmp_path / "delta")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_delta_has_the_rights_of_any_new_file_and_a_full_disk_is_one_line(tmp_path):
+    apet = APET(torch.nn.Linear(30, 30), 500)
+    apet.save(tmp_path / "delta")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "delta").stat().st_mode == (tmp_path / "other").stat().st_mode
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"^can't write [^\n]*$"):
+            apet.save(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["delta", "other"]
+
+
+def test_values_follow_a_checkpoint_that_was_loaded_into_the_model():
+    model, batch = build("t5"), batch_for("t5")
+    apet = APET(model, 500)
+    saved = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([apet.values], lr=1.0)
+    model(**batch).loss.backward()
+    optimizer.step()
+    apet.write()
+    assert not same(saved, bits(model))
+    model.load_state_dict(saved)
+    apet.read()
+    apet.write()
+    named = dict(model.named_parameters())
+    assert all(torch.equal(named[n], saved[n]) for n in named)
+
+
+def test_of_a_compiled_model_the_names_are_the_models_own():
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20))
+    assert list(APET(torch.compile(model), 50, backend="gather").positions) == ["0.weight", "0.bias"]
+
+
 def test_a_model_without_weights_is_an_error():
+    with pytest.raises(ValueError, match="not dict"):
+        APET({}, 2)
     with torch.device("meta"):
         model = torch.nn.Linear(3, 3)
     with pytest.raises(ValueError, match="meta device"):
@@ -398,8 +451,9 @@ def test_lbfgs_moves_if_its_closure_writes():
 def test_one_apet_a_model_and_copies_are_plain():
     model, batch = build("t5"), batch_for("t5")
     apet = APET(model, 2000, backend="gather")
-    with pytest.raises(ValueError, match="has an APET already"):
-        APET(model, 10)
+    for part in (model, model.encoder, torch.nn.Sequential(model)):  # else one would take the other's gradients
+        with pytest.raises(ValueError, match="has an APET already"):
+            APET(part, 10)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

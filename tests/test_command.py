@@ -1019,13 +1019,8 @@ def test_importing_apet_is_cheap_and_has_no_side_effects():
     assert float(seconds) < 0.5 and modules.strip() == "[]"
 
 
-def test_the_script_metadata_names_what_requirements_names():
-    """PEP 723, so that `uv run apet.py` works on the file alone; requirements.txt adds what only tests and figures need."""
-    block = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "apet.py").read_text(), re.M | re.S)[1]
-    inline = set(re.findall(r'"([^"]+==[^"]+)"', block))
+def test_what_is_installed_is_what_requirements_names():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    runtime = {line for line in lines[: lines.index("")] if line}
-    assert inline == runtime and any(r.startswith("torch==") for r in inline)
     pins = dict(line.split("==") for line in lines if line)
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in pins if pins["torch"] in torch.__version__}
     assert installed in (pins, {})  # on another torch, the tests run on other versions on purpose

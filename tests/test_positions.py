@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apet import BLOCK, candidates, method_parameters, parse_budget, select_positions
+from apet import APET, BLOCK, UserError, candidates, method_parameters, parse_budget, select_positions
 
 STRUCTURED = ("row", "column", "block", "tensor")
 
@@ -107,6 +107,19 @@ def test_structured_masks_are_whole_units_but_for_the_last():
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     positions = select_positions(model, 60, "tensor", seed=2)
     assert sum(len(i) != sizes[n] for n, i in positions.items()) <= 1
+
+
+def test_scores_that_are_no_numbers_and_a_model_with_an_apet_are_errors():
+    model, batch = build("t5"), batch_for("t5")
+    apet = APET(model, 10)
+    with pytest.raises(UserError, match="remove"):  # autograd forms no gradients of its weights
+        select_positions(model, 10, "gradient", batches=[batch])
+    apet.remove()
+    with torch.no_grad():
+        model.shared.weight[3, 2] = float("nan")
+    for mask in ("magnitude", "gradient"):
+        with pytest.raises(UserError, match="NaN"):
+            select_positions(model, 10, mask, batches=[batch])
 
 
 def test_magnitude_and_gradient_take_the_largest():

@@ -140,6 +140,50 @@ def test_a_backward_pass_to_chosen_inputs_leaves_values_alone_and_second_derivat
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_pass_to_the_weights_themselves_leaves_values_alone(backend):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3)), torch.randn(8, 30)
+    apet = APET(model, 100, backend=backend)
+    model(x).square().sum().backward(inputs=[p for p in model.parameters() if p.requires_grad])
+    assert apet.values.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_failed_backward_pass_and_zero_grad_took_is_in_no_later_gradient(backend):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3)), torch.randn(8, 30)
+    reference = copy.deepcopy(model)
+    apet = APET(model, 100, backend=backend)
+    apet.attach(torch.optim.SGD([apet.values]))
+
+    def fail(grad):
+        raise RuntimeError("on the way")
+
+    model(x).square().sum().backward()
+    h = model[0](x)
+    h.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on the way"):
+        model[1](h).square().sum().backward()
+    model.zero_grad()
+    for m in (reference, model):
+        m(x).square().sum().backward()
+    close(apet.values.grad, expected({n: p.grad for n, p in reference.named_parameters()}, apet))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_that_keep_their_graph_add_up_on_the_hook_path():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 3)), torch.randn(8, 30)
+    reference = copy.deepcopy(model)
+    apet = APET(model, 100, backend="hook")
+    apet.attach(torch.optim.SGD([apet.values]))
+    for part in (x[:4], x[4:]):
+        model(part).square().sum().backward(create_graph=True)
+    reference(x).square().sum().backward()
+    close(apet.values.grad, expected({n: p.grad for n, p in reference.named_parameters()}, apet))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_deterministic_algorithms_write_the_same_numbers(backend):
     model, batch = build("t5"), batch_for("t5")
     conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)  # a weight that is not contiguous
