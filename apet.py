@@ -180,7 +180,7 @@ class APET:
         """Leave the model as it was, but for its weights, which stay as they are; nothing of APET stays alive in it."""
         self._undo.close()
 
-    def save(self, file: str | os.PathLike, more: Mapping[str, Tensor] | None = None, **about: str) -> None:
+    def save(self, file: str | os.PathLike, more: Mapping[str, Tensor] | None = None, **about: str | list) -> None:
         """Write positions and values, 8 bytes a scalar: see `save_delta`."""
         save_delta(self, file, more or {}, about)
 
@@ -674,7 +674,7 @@ def _own_positions(model: nn.Module, budget: Budget, mask: Mapping) -> dict[str,
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def save_delta(apet: APET, file: str | os.PathLike, more: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+def save_delta(apet: APET, file: str | os.PathLike, more: Mapping[str, Tensor], about: Mapping[str, str | list]) -> None:
     """Write positions and values as safetensors: 8 bytes a scalar (12 if a tensor has 2**31 entries or more).
 
     `values` float32 (budget,); `indices` int32 or int64 (budget,), flat in each parameter; `more` tensors under their names;
@@ -787,7 +787,7 @@ QUERY_VALUE = (  # the linear layers that make the queries and the values (or al
 )
 SUBLAYER_END = (  # the linear layer that ends self-attention or feed-forward, before the residual is added
     r"(SelfAttention\.o|DenseReluDense\.wo|(attention|self_attn)\.dense|dense_4h_to_h|(?<!crossattention\.)output\.dense|ffn_output"
-    r"|(attn|mlp)\.(c_proj|Wo)|(\.|self_)attn\.(out_proj|o_proj)|(^|\.)fc2|mlp\.fc_out|down_proj|attention\.out_lin|ffn\.lin2)$"
+    r"|(attn|mlp)\.(c_proj|Wo)|(\.|self_)attn\.(out_proj|o_proj)|(^|\.)fc2|mlp\.fc_out|down_proj|attention\.(out_lin|out_proj|attn\.o)|ffn\.lin2)$"
 )
 
 
@@ -856,8 +856,8 @@ def insert(model: nn.Module, methods: Iterable[str]) -> nn.ModuleDict:
 
 
 def apply_new(method: str, new: nn.ParameterDict, dropout: nn.Module, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """The output of a layer with what lora, adapter or bitfit make of its input or of it."""
-    linear, new = nn.functional.linear, {key: weight.to(output.dtype) for key, weight in new.items()}
+    """Forward hook: a layer's output after lora (made of its input), adapter or bitfit (made of its output)."""
+    new = {key: weight.to(output.dtype) for key, weight in new.items()}
     if method == "lora":
         return output + linear(linear(dropout(args[0]), new["A"]), new["B"]) * (LORA_ALPHA / LORA_RANK)
     if method == "adapter":
@@ -958,6 +958,8 @@ def load_task(args: argparse.Namespace) -> Data:
     lists = any(isinstance(cell, list) for some in cells.values() for cell in some)
     words = names.get(task.label) if task.words is None else task.words
     places = {str(i): i for i in range(len(words or ()))}  # a label may be a number, but for those that are found in the data
+    if words is None and args.load and "labels" in (about := load_tensors(args.load)[1]):
+        words = tuple(about["labels"])  # as the delta was trained
     if words is None:
         words = () if lists else find_words(next(iter(cells.values())), task.label)
     places = {word: i for i, word in enumerate(words)} | places
@@ -975,6 +977,7 @@ def load_task(args: argparse.Namespace) -> Data:
     about["sizes"] = {part: len(examples) for part, examples in parts.items()}
     if dropped := {s: n for s in splits if (n := len(splits[s]) - len(made[s]))}:
         about["rows without text or label, dropped"] = dropped
+        say(f"{task.source}: rows without text or label (empty, null, nan or -1) are left out: {dropped}")
     metric = task.metric or ("accuracy" if words else "squad" if lists else "rouge")
     return Data(args.task, words, metric, about=about, **parts)
 
@@ -995,7 +998,7 @@ def label_word(text: str) -> str:
 
 
 def find_words(cells: list, label: str) -> tuple[str, ...]:
-    """Few distinct values are labels, in alphabetical order (numbers: in theirs); else (): a text is to be written."""
+    """2 to 20 values, at most a quarter of the rows, are labels, sorted (numbers: by size); else (): a text is to be written."""
     words = [word for cell in cells if (word := label_word(as_text(cell, f"the column {label!r}"))) not in NO_LABEL]
     kinds = sorted(set(words), key=lambda w: (not w.isdecimal(), len(w) * w.isdecimal(), w))
     if len(kinds) == 1:
@@ -1055,12 +1058,9 @@ def read_hub(task: Task) -> tuple[dict[str, list[dict]], dict[str, tuple[str, ..
 
 def read_local(path: str) -> tuple[dict[str, list[dict]], dict, str]:
     """({split: rows}, {}, hash) of a file (it is `train`), or of a folder with one for each split."""
-    files = {"train": path}
-    if os.path.isdir(path):
-        there = ((split, f"{path}/{name}{kind}") for name, split in FILE_NAMES.items() for kind in reversed(FILE_TYPES))
-        files = {split: file for split, file in there if os.path.isfile(file)}  # of several, the last
-    elif not os.path.isfile(path) or not path.endswith(FILE_TYPES):  # a pipe or a device might never end
-        files = {}
+    there = [(split, f"{path}/{name}{kind}") for name, split in FILE_NAMES.items() for kind in reversed(FILE_TYPES)]
+    there += [("train", path)] * path.endswith(FILE_TYPES)
+    files = {split: file for split, file in there if os.path.isfile(file)}  # of several, the last; a pipe might never end
     if not files:
         raise UserError(f"{path} must be a file of type {', '.join(FILE_TYPES)}, or a folder with train, validation and test")
     return {split: read_rows(file) for split, file in files.items()}, {}, hash_files(files.values())
@@ -1069,29 +1069,29 @@ def read_local(path: str) -> tuple[dict[str, list[dict]], dict, str]:
 def read_rows(file: str) -> list[dict]:
     """The rows of a file; whatever it holds, nothing but a UserError comes out."""
     try:
-        if file.endswith((".json", ".jsonl")):
-            text = Path(file).read_text(encoding="utf-8-sig")
-            array = text.lstrip().startswith("[")
-            rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
-            if not rows or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it must hold rows, each with named columns")
-            return rows
+        names, uneven = [], []
         if file.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
 
             content = ParquetFile(file).read()
-            table = [content.column_names, *zip(*(c.to_pylist() for c in content.columns), strict=True)]
-        else:
+            names, rows = content.column_names, content.to_pylist()
+        elif file.endswith((".csv", ".tsv")):
             csv.field_size_limit(1 << 30)  # else a cell of more than 131,072 characters is an error
             with open(file, encoding="utf-8-sig", newline="") as f:
-                table = [row for row in csv.reader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True) if row]
-        if len(table) < 2 or not 2 <= len(set(table[0])) == len(table[0]):
-            header = ", ".join(table[0] if table else [])
+                reader = csv.DictReader(f, delimiter=",\t"[file.endswith(".tsv")], strict=True)
+                rows, names = list(reader), reader.fieldnames or []
+            uneven = [i for i, row in enumerate(rows, 1) if None in (*row, *row.values())]
+        else:
+            text = Path(file).read_text(encoding="utf-8-sig")
+            rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(t) for t in text.split("\n") if t.strip()]
+        if names and not 2 <= len(set(names)) == len(names):
+            header = ", ".join(names)
             raise ValueError(f"rows belong below names of columns, separated by commas (.tsv: tabs), none twice; not {header}")
-        for number, row in enumerate(table):
-            if len(row) != len(table[0]):
-                raise ValueError(f"row {number} has {len(row)} cells, the header {len(table[0])}; quote what holds a separator")
-        return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+        if uneven:
+            raise ValueError(f"row {uneven[0]} has more or fewer cells than the header; quote what holds a separator")
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("it must hold rows, each with named columns")
+        return rows
     except Exception as e:  # of json, csv, pyarrow and the system, which share no class
         hint = "; it must be UTF-8: Excel's 'CSV UTF-8', or iconv -f CP1252 -t UTF-8" if isinstance(e, UnicodeError) else ""
         raise UserError(f"can't read {file}: {' '.join(str(e).split())[:300]}{hint}") from None
@@ -1101,8 +1101,7 @@ def hash_files(files: Iterable[str | Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            while part := f.read(1 << 24):
-                digest.update(part)
+            hashlib.file_digest(f, lambda: digest)  # goes on with the same one
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
@@ -1112,13 +1111,12 @@ def measure(metric: str, predictions: list, examples: list[Example]) -> dict[str
     if metric == "rouge":
         from rouge_score.rouge_scorer import RougeScorer
 
-        names = ["rougeL", "rouge1", "rouge2"]
-        scorer = RougeScorer(names, use_stemmer=True)
+        scorer = RougeScorer(["rougeL", "rouge1", "rouge2"], use_stemmer=True)
         found = [scorer.score(e.answers[0], p) for p, e in pairs]
-        scores = {name: [s[name].fmeasure for s in found] for name in names}
+        scores = {name: [s[name].fmeasure for s in found] for name in found[0]}
     elif metric == "squad":
-        found = [[squad(p, a) for a in e.answers] for p, e in pairs]
-        scores = {"f1": [max(f1 for f1, _ in some) for some in found], "exact": [any(exact for _, exact in some) for some in found]}
+        best = [map(max, zip(*(squad(p, a) for a in e.answers), strict=True)) for p, e in pairs]  # of the answers, for each metric
+        scores = dict(zip(("f1", "exact"), zip(*best, strict=True), strict=True))
     else:
         scores = {"accuracy": [p == e.label for p, e in pairs]}
     means = {name: sum(values) / len(pairs) for name, values in scores.items()}
@@ -1138,13 +1136,11 @@ def squad(prediction: str, answer: str) -> tuple[float, bool]:
 
 def baselines(data: Data) -> dict[str, float]:
     """The score without reading the input: a random guess, and training's most frequent target, always."""
-    pool, pick, n = [e.target for e in data.train or data.report], random.Random(0), len(data.report)
-    often = Counter(pool).most_common(1)[0][0]
-    said = {"random_guess": [pick.choice(pool) for _ in range(n)], "majority": [often] * n}
-    if data.words:
-        said = {"majority": [data.words.index(often)] * n}
+    pool, pick = [e.label if data.words else e.target for e in data.train or data.report], random.Random(0)
+    often = [target for target, _ in Counter(pool).most_common(1)]
+    said = {"random_guess": [pick.choice(pool) for _ in data.report], "majority": often * len(data.report)}
     scores = {name: next(iter(measure(data.metric, guesses, data.report).values())) for name, guesses in said.items()}
-    return {"random_guess": 1 / len(data.words)} | scores if data.words else scores
+    return scores | ({"random_guess": 1 / len(data.words)} if data.words else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1156,17 +1152,17 @@ SHORT = TOY_MODELS | {f"t5-{size}": f"google-t5/t5-{size}" for size in ("small",
 SHORT |= {f"t5-{n}": f"google/t5-{n}" for s in ("small", "base", "large", "xl", "xxl") for n in (f"v1_1-{s}", f"{s}-lm-adapt")}
 SHORT |= {f"bloom-{size}": f"bigscience/bloom-{size}" for size in ("560m", "1b1", "1b7", "3b", "7b1")}
 SHORT |= {f"bert-{n}{c}": f"google-bert/bert-{n}{c or '-uncased'}" for n in ("base", "large") for c in ("", "-cased", "-uncased")}
-TURC = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-8", "medium": "L-8_H-512_A-8"}  # et al., 2019
+TURC = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-8", "medium": "L-8_H-512_A-8"}  # Turc et al., 2019
 SHORT |= {f"bert-{size}": f"google/bert_uncased_{shape}" for size, shape in TURC.items()}
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CHARACTERS = 100  # of a token at most: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
-signature = functools.cache(inspect.signature)  # which takes as long as ten layers
+CHARACTERS = 100  # for each token asked for: what is beyond is cut before the tokenizer, which is slow on long texts, sees it
+signature = functools.cache(inspect.signature)  # which is slow, and every batch asks
 
 
 def find_model(name: str) -> str:
     """The folder or hub id that a name stands for."""
-    path = SHORT.get(name, name)
+    path = name if os.path.isdir(name) else SHORT.get(name, name)
     return path if os.path.isdir(path) or HUB_ID.fullmatch(path) else SHORT[one_of(name, SHORT, "model, folder or hub id")]
 
 
@@ -1196,7 +1192,7 @@ def one_line(what: str, name: str) -> Iterator[None]:
         vague = re.search("Can't load the|while generating", str(e))  # what is wrong then stands in its cause
         words = " ".join(str((vague and (e.__cause__ or e.__context__)) or e).split())[:300]
         if not online:
-            words = "it is not in the cache, and the hub can't be reached; work offline with local files or --model toy-base"
+            words = f"the hub can't be reached (work offline with local files or --model toy-base), and from its cache: {words}"
         elif "trust_remote_code" in str(e):
             words = "it brings code of its own (auto_map in its config.json), which is never run; take one that needs none"
         raise UserError(f"can't load {what} {name}: {words}") from None
@@ -1211,7 +1207,7 @@ def model_revision(name: str) -> str:
     with one_line("the model", path):
         from huggingface_hub import hf_hub_download
 
-        return re.search(r"snapshots.(\w+)", hf_hub_download(path, "config.json"))[1]
+        return Path(hf_hub_download(path, "config.json")).parent.name
 
 
 def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Module, object, dict]:
@@ -1245,13 +1241,13 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     tokenizer.rows = len(model.get_input_embeddings().weight)  # for Coder, which refuses tokens beyond
     if getattr(config, "type_vocab_size", 0) < 2:  # RoBERTa, DistilBERT: one kind of segment
         tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
-    if family == "encoder":  # RoBERTa's first place comes after its padding_idx
-        tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
-        room = min((len(m.weight) - (-1 if m.padding_idx is None else m.padding_idx) - 1 for m in tables), default=math.inf)
-        room -= PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
-        if args.max_source_length > room:
-            raise UserError(f"{args.model} has room for {max(0, room)} tokens (prompt: {PROMPT_TOKENS}): --max-source-length")
-    else:  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    rooms = [len(m.weight) - (0 if m.padding_idx is None else m.padding_idx + 1) for m in tables]  # RoBERTa's start after it
+    room = min(rooms or [getattr(config, "max_position_embeddings", math.inf)]) - args.max_target_length * (family == "causal")
+    room -= PROMPT_TOKENS if "prompt" in (*args.method, *args.insert) else 0
+    if args.max_source_length > room:
+        raise UserError(f"{args.model} has room for {max(0, room)} tokens (prompt: {PROMPT_TOKENS}): --max-source-length")
+    if family != "encoder":  # greedy, with nothing forced (BART's first token) or forbidden that training knows nothing of
         own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos")}
         given = [model.generation_config.decoder_start_token_id, model.generation_config.bos_token_id, *own.values()]
         start = next(i for i in given if i is not None) if family == "seq2seq" else None
@@ -1259,7 +1255,7 @@ def load_model(args: argparse.Namespace, words: tuple[str, ...]) -> tuple[nn.Mod
     if args.gradient_checkpointing:
         use_checkpointing(model)
     model = model if args.device_map else model.to(args.device)
-    facts = {"path": args.model if os.path.isdir(path) else path, "revision": model_revision(args.model), "family": family}
+    facts = {"path": args.model if os.path.isdir(path) else path, "family": family}
     return model.train(), tokenizer, facts | {"randomly initialized, as the checkpoint lacks them": made}
 
 
@@ -1272,9 +1268,8 @@ def use_checkpointing(model: nn.Module) -> None:
 def set_dropout(model: nn.Module, rate: float) -> None:
     """Every dropout rate of a model, those kept as plain numbers for functional calls included (but not OPT's `layerdrop`)."""
     for module in model.modules():
-        names = "^p$" if isinstance(module, nn.Dropout) else "dropout|pdrop"
         for name, value in vars(module).items():
-            if type(value) in (int, float) and re.search(names, name):
+            if type(value) in (int, float) and re.search("^p$" if isinstance(module, nn.Dropout) else "dropout|pdrop", name):
                 setattr(module, name, rate)
 
 
@@ -1296,15 +1291,15 @@ class Coder:
         special = seq2seq or read.bos_token_id is not None
         ids = read(f"Input: {example.source[:longest]} Output:", add_special_tokens=special).input_ids
         if len(ids) > self.max_source:
-            end = read("Output:" if seq2seq else " Output:", add_special_tokens=False).input_ids + ids[-1:] * seq2seq
-            ids = ids[: self.max_source - len(end)] + end
+            end = len(read(" Output:", add_special_tokens=False).input_ids) + seq2seq
+            ids = ids[: self.max_source - end] + ids[-end:]
         return ids
 
     def target(self, example: Example) -> list[int]:
         return [example.label] if self.family == "encoder" else self.written(example.target)
 
     def written(self, text: str) -> list[int]:
-        """What the tokenizer makes of a text to be written (BART: <s> first); it ends in the end of sequence, when cut, too."""
+        """Ids of a text to be written (BART's begin with <s>), closed by the end of sequence even when it is cut."""
         special, end = self.family == "seq2seq", self.tokenizer.eos_token_id
         cut = (text if special else f" {text}")[: self.max_target * CHARACTERS]
         ids = self.tokenizer(text_target=cut, add_special_tokens=special).input_ids
@@ -1366,7 +1361,6 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
     order = sorted(range(len(examples)), key=lambda i: len(coder.source(examples[i])))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
     out = torch.zeros(len(examples), 1 if data.words else coder.max_target, dtype=torch.int64, device=device)
-    found = []  # stays on the device until all is computed
     model.eval()
     for chosen in batches:
         sources = [coder.source(examples[i]) for i in chosen]
@@ -1377,10 +1371,8 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
             tokens = model.generate(**batch, max_new_tokens=coder.max_target, pad_token_id=coder.pad)
             skip = 1 if coder.family == "seq2seq" else batch["input_ids"].shape[1] if "input_ids" in batch else 0
             tokens = nn.functional.pad(tokens[:, skip:], (0, coder.max_target + skip - tokens.shape[1]), value=coder.pad)
-        found.append(tokens.to(device))
+        out[chosen] = tokens.to(device)
     model.train()
-    if found:
-        out[list(itertools.chain(*batches))] = torch.cat(found)
     if world > 1:
         torch.distributed.all_reduce(out)  # what another rank fills is zero here
     if data.words:
@@ -1393,22 +1385,21 @@ def predict(model: nn.Module, coder: Coder, data: Data, examples: list[Example],
 # ----------------------------------------------------------------------------------------------------------------------
 
 # What a sweep loads once, facts about the model for the result, the arguments of one of its runs, and this file's SHA-256.
-Run = namedtuple("Run", "model coder data facts args code")
+Run = namedtuple("Run", "model coder data facts baselines args code")
 # What a method trains: fp32 params, which write() puts into the model; among them or not: new weights, and the classification head.
 Tuned = namedtuple("Tuned", "params write apet inserted head")
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, undo: contextlib.ExitStack, batches: Batches = None) -> Tuned:
     """Put `args.method` on the pretrained model, until undo.close(); make its classification head, if it has one, anew."""
-    model.train().requires_grad_(False)
+    model.train().requires_grad_(False).zero_grad()
     base, apet, inserted = base_of(model), None, {}
     inside = {id(p) for p in base.parameters()}
     head = {f"head.{n}": p for n, p in model.named_parameters() if id(p) not in inside}
     for module in model.modules():
         if any(p is not None and id(p) not in inside for p in module._parameters.values()):
             model._init_weights(module)  # from args.seed
-    methods = args.insert if args.method == "apet" else [m for m in COUNTED if m == args.method]
-    methods = [m for m in methods if not (m == "bitfit" and own_biases(base))]
+    methods = [m for m in (*args.insert, args.method) if m in COUNTED and not (m == "bitfit" and own_biases(base))]
     if args.export and methods:
         raise UserError(f"--export: a plain checkpoint has no place for {', '.join(methods)}; the delta (--save) holds it")
     if methods:
@@ -1417,18 +1408,22 @@ def prepare(model: nn.Module, args: argparse.Namespace, undo: contextlib.ExitSta
     set_dropout(model, args.dropout if args.dropout is not None else 0.0 if args.method == "apet" else 0.1)
     whole = {} if args.freeze_head else dict(head)
     if args.method == "apet":
-        options = dict(where=args.where, batches=batches)
-        apet = APET.load(base, args.load) if args.load else APET(base, args.budget, args.mask, args.mask_seed, **options)
+        spots = mask = args.mask
+        if mask == "gradient":  # two GPUs may differ in the last bit: rank 0 chooses for all
+            spots = from_rank_0(lambda: select_positions(base, args.budget, mask, args.mask_seed, args.where, batches))
+        apet = APET.load(base, args.load) if args.load else APET(base, args.budget, spots, args.mask_seed, where=args.where)
+        apet.about["mask"] = apet.about["mask"] if args.load else mask
         undo.callback(apet.remove)
         undo.callback(apet.restore)
     elif args.method != "none":
         whole |= inserted or (own_biases(base) if args.method == "bitfit" else dict(base.named_parameters()))
     masters, write = tune_whole(whole, undo)
-    saved = load_tensors(args.load)[0] if args.load else {}
-    for name, p in (head | inserted | masters).items() if args.load else ():
-        if name not in saved or saved[name].shape != p.shape:
-            raise UserError(f"{args.load} was made for another model or head: it holds no {name} {tuple(p.shape)}")
-        p.data.copy_(saved[name])
+    saved, ours = load_tensors(args.load)[0] if args.load else {}, head | inserted | masters
+    shapes = {n: t.shape for n, t in saved.items() if n not in ("values", "indices")}
+    if args.load and shapes != {n: p.shape for n, p in ours.items()}:
+        raise UserError(f"{args.load} was made for another model, or for other labels")
+    for name in saved.keys() & ours:
+        ours[name].data.copy_(saved[name])
     write()
     params = {"values": apet.values} if apet else {}
     return Tuned(params | masters, lambda: (apet and apet.write(), write()), apet, inserted, head)
@@ -1443,17 +1438,14 @@ def tune_whole(params: dict[str, nn.Parameter], undo: contextlib.ExitStack) -> t
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
-    def put_back(p: nn.Parameter, original: Tensor) -> None:
-        p.requires_grad_(False).copy_(original)
-        p.grad = None
-
     @torch.no_grad()
     def write() -> None:
         for master, p in copied:
             p.copy_(master)
 
     for p in params.values():
-        undo.callback(put_back, p, p.detach().to("cpu", copy=True))
+        undo.callback(p.copy_, p.detach().to("cpu", copy=True))
+        undo.callback(p.requires_grad_, False)
     for master, p in copied:
         undo.callback(p.requires_grad_().register_post_accumulate_grad_hook(functools.partial(move, master)).remove)
     return masters, write
@@ -1504,14 +1496,13 @@ def start_training(run: Run, tuned: Tuned, lr: float, record: dict) -> tuple[tor
     params, head = tuned.params, tuned.head
     groups = [{"params": [p for n, p in params.items() if n not in head], "lr": lr}]
     groups += [{"params": [p for n, p in params.items() if n in head], "lr": 1e-3}]  # a new layer of a few hundred weights
-    fused = {p.device.type for p in params.values()} <= {"cpu", "cuda"}  # a CPU steps 2e8 in 0.1 s, not 1.2
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)  # decay would pull to 0, not to the pretrained weights
-    state = {"key": f"{run.args.name} {run.facts['revision']} {run.code}", "record": record}
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # decay would pull to 0, not to the pretrained weights
+    positions = tuned.apet.positions if tuned.apet else {}  # of mask "gradient", a GPU may choose others
+    state = {"key": f"{run.args.name} {run.code} {[int(i.sum()) for i in positions.values()]}", "record": record}
     state["best"] = {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
     state["tensors"] = {n: p.detach() for n, p in params.items()}
     for name, p in params.items():
-        step = torch.zeros((), device=p.device if fused else "cpu")
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": p.new_zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state["tensors"] |= {f"{name} {part}": t for part, t in optimizer.state[p].items()}
     return optimizer, state
 
@@ -1670,7 +1661,7 @@ def parser() -> argparse.ArgumentParser:
     add("--insert", each(one_of, COUNTED[:3], "method to insert"), "lora, adapter, prompt: APET chooses among their weights, too")
     p.add_argument("--freeze-head", action="store_true", help="leave the classification head of an encoder as it was made")
     add("--mask-seed", each(seed), "seed of the positions; a list sweeps", "0")
-    add("--seed", each(seed), "seed of training: data order, dropout; a list sweeps", "0")
+    add("--seed", each(seed), "seed of training: new weights, data order, dropout; a list sweeps", "0")
     lr = each(lambda text: text if text == "auto" else rate(text))
     add("--lr", lr, "AdamW's constant rate; auto: by method and budget (results/README.md); a list sweeps", "auto")
     add("--steps", count, "optimizer steps (default: the authors' 20,000; 200 for the toy tasks)")
@@ -1688,11 +1679,11 @@ def parser() -> argparse.ArgumentParser:
     add("--device-map", word, "spread the model over several devices: auto (needs accelerate)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--text-fields", word, "text columns, comma-separated (default: those of the table, or text)")
-    add("--label-field", word, "column of the label or target text (default: that of the table, or label)")
+    add("--label-field", word, "column of the labels (2 to 20 values) or target text (default: that of the table, or label)")
     add("--out", word, "folder of the results (default: %(default)s)", "results/runs")
-    add("--save", word, "file for the delta (default: beside the result)")
-    add("--export", word, "folder for a plain Hugging Face checkpoint of the tuned model")
-    add("--load", word, "a saved delta: evaluate it, without training")
+    add("--save", word, "file for the delta (default: beside the result; full: none)")
+    add("--export", word, "folder for a plain Hugging Face checkpoint of the tuned model; of a run that is done: with --load DELTA")
+    add("--load", word, "a saved delta: evaluate it, without training; it says what method it is of")
     p.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="skip what is done, continue what is not")
     return p
 
@@ -1746,7 +1737,7 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
 
 def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
     """The arguments of each run of the sweep, with its name: words, and a hash of all that its numbers depend on."""
-    out, unread = [], {"out", "save", "export", "resume", "device", "eval_batch_size"}
+    out, unread = [], {"out", "save", "export", "resume", "device", "eval_batch_size", "gradient_checkpointing"}
     more = {"revisions": revisions, "load": args.load and hash_files([args.load])}  # changed files are another run
     for method in args.method:  # what it does not read does not multiply it
         apet, trains = method == "apet" and not args.load, not args.load
@@ -1755,9 +1746,9 @@ def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
         for budget, mask, mask_seed, seed, lr in itertools.product(*lists):
             if mask == "magnitude" and mask_seed != args.mask_seed[0]:  # it reads no seed
                 continue
-            own = argparse.Namespace(**vars(args))
-            own.method, own.budget, own.mask, own.mask_seed, own.seed, own.lr = method, budget, mask, mask_seed, seed, lr
-            own.where, own.insert = (args.where, args.insert) if method == "apet" else (None, [])
+            own = dict(method=method, budget=budget, mask=mask, mask_seed=mask_seed, seed=seed, lr=lr)
+            own |= {} if method == "apet" else {"where": None, "insert": []}
+            own = argparse.Namespace(**vars(args) | own)
             words = [method if trains else "loaded", *([mask, budget, f"p{mask_seed}"] if mask else [])]
             words += [] if seed is None or method == "none" else [f"s{seed}"]
             read = {k: v for k, v in sorted(vars(own).items()) if k not in unread} | more
@@ -1770,32 +1761,33 @@ def runs(args: argparse.Namespace, *revisions: str) -> list[argparse.Namespace]:
 
 def run_one(run: Run, undo: contextlib.ExitStack) -> dict:
     """Train and evaluate, write the files. Returns the result: all that is known of a run, enough to redo it."""
-    start, args, data = time.perf_counter(), run.args, run.data
+    args, data = run.args, run.data
     for i in range(torch.cuda.device_count()) if args.device != "cpu" else ():
         torch.cuda.reset_peak_memory_stats(i)
     torch.manual_seed(args.seed or 0)
     chosen = (batch_at(step, args.batch_size, len(data.train), args.mask_seed) for step in range(8))  # for --mask gradient
     tuned = prepare(run.model, args, undo, (functools.partial(loss_sum, run, [data.train[i] for i in batch]) for batch in chosen))
     if args.save and (args.load or not tuned.params):
-        raise UserError(f"--save: --method {args.method} trains nothing here, so there is no delta to save")
+        raise UserError("--save: nothing is trained here, so there is no delta to save")
     size = sum(p.numel() for n, p in tuned.params.items() if n not in tuned.head)
     lr = auto_lr(args.method, size, run.facts["family"]) if args.lr == "auto" else args.lr
     record = {"step": 0, "tokens": 0, "train_s": 0.0, "eval_s": 0.0, "loss": [], "eval": [], "best": None}
+    if tuned.params and not args.load and not data.train:
+        raise UserError(f"{args.task} has no rows to train the classification head on: a train split, or --freeze-head")
     if tuned.params and not args.load:
         train(run, tuned, lr, record, os.path.join(args.out, f"{args.name}.state"))
     began, scores = time.perf_counter(), score(run, data.report)
     record["eval_s"] += time.perf_counter() - began
-    record["all_s"] = time.perf_counter() - start
     every = max(1, math.ceil(record["step"] / 500))  # steps that an entry of loss_curve is the mean of
     chunks = [record["loss"][i : i + every] for i in range(0, record["step"], every)]
     total = sum(p.numel() for p in base_of(run.model).parameters()) - sum(p.numel() for p in tuned.inserted.values())
     cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
     result = {
-        "score": next(iter(scores.values())), "metric": next(iter(scores)), "metrics": scores, "baselines": baselines(data),
+        "score": next(iter(scores.values())), "metric": next(iter(scores)), "metrics": scores, "baselines": run.baselines,
         "best": record["best"], "tuned_params": size, "total_params": total, "density": size / total,
         "head_params": sum(p.numel() for p in tuned.head.values()), "head_trained": any(n in tuned.params for n in tuned.head),
         "loss_curve": [sum(chunk) / len(chunk) for chunk in chunks], "loss_every": every, "eval_curve": record["eval"],
-        "seconds": {what: record[f"{what}_s"] for what in ("train", "eval", "all")},
+        "seconds": {what: record[f"{what}_s"] for what in ("train", "eval")},
         "step_ms": 1e3 * record["train_s"] / record["step"] if record["step"] else None,
         "tokens_per_s": record["tokens"] / record["train_s"] if record["step"] else None,
         "peak_memory_bytes": peak_memory(args.device), "device": cpu if args.device == "cpu" else torch.cuda.get_device_name(),
@@ -1809,10 +1801,10 @@ def run_one(run: Run, undo: contextlib.ExitStack) -> dict:
 
 
 def write_result(run: Run, tuned: Tuned, result: dict) -> None:
-    """The delta, the result, then a plain Hugging Face checkpoint; the state has served."""
+    """The delta, the result, a plain Hugging Face checkpoint; then the state has served."""
     args, file = run.args, os.path.join(run.args.out, run.args.name)
     about = {n: getattr(args, n) or "" for n in ("model", "task", "method", *DATA_FLAGS)}
-    about |= {"format": "apet 2", "run": args.name, "insert": ",".join(args.insert)}
+    about |= {"format": "apet 2", "run": args.name, "insert": ",".join(args.insert), "labels": list(run.data.words)}
     if tuned.params and not args.load and (args.save or args.method != "full"):
         result["delta"] = args.save or f"{file}.safetensors"
         if tuned.apet:
@@ -1820,27 +1812,25 @@ def write_result(run: Run, tuned: Tuned, result: dict) -> None:
         else:
             save_tensors(tuned.head | tuned.params, result["delta"], about)
     write_file(f"{file}.json", lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
-    Path(f"{file}.state").unlink(missing_ok=True)
     if args.export:
         run.model.save_pretrained(args.export)
         run.coder.tokenizer.save_pretrained(args.export)
+    Path(f"{file}.state").unlink(missing_ok=True)
 
 
 def table(results: list[tuple[argparse.Namespace, dict]]) -> str:
     """What a person wants to know, a line a run."""
-    (args, r), row = results[0], "{:8}{:>11}{:>10}  {:12}{:>8}{:>11}{:>10}{:>9}{:>9}{:>10}{:>9}".format
+    (args, r), row = results[0], "{:28}{:>11}{:>10}{:>8}{:>11}{:>10}{:>9}{:>9}{:>10}{:>9}".format
     guesses = f"random guess {r['baselines']['random_guess']:.3f}, majority {r['baselines']['majority']:.3f}"
     examples = f"{r['data']['report']}, {r['data']['sizes']['report']:,} examples"
     lines = [f"\n{args.model} on {args.task} ({examples}): {r['metric']}; {guesses}"]
-    names = ("method", "tuned", "of all", "positions", "lr", "best step", r["metric"], "seconds", "ms/step", "tokens/s", "peak MB")
-    lines.append(row(*names))
+    lines.append(row("run", "tuned", "of all", "lr", "best step", r["metric"], "seconds", "ms/step", "tokens/s", "peak MB"))
     for args, r in results:
-        best, peak = r["best"] and r["best"]["step"], r["peak_memory_bytes"] and r["peak_memory_bytes"] / 1e6
-        numbers = (r["lr"], best, r["score"], r["seconds"]["all"], r["step_ms"], r["tokens_per_s"], peak)
-        forms = (".2g", "", ".3f", ".1f", ".1f", ",.0f", ",.0f")
-        said = ("" if x is None else format(x, form) for x, form in zip(numbers, forms, strict=True))
-        what = ("loaded" if args.load else args.method, f"{r['tuned_params']:,}", f"{r['density']:.3%}")
-        lines.append(row(*what, f"{args.mask} {args.mask_seed}" if args.mask else "", *said))
+        best, peak, seconds = r["best"] and r["best"]["step"], r["peak_memory_bytes"], r["seconds"]["train"] + r["seconds"]["eval"]
+        numbers = (r["tuned_params"], r["density"], r["lr"], best, r["score"], seconds, r["step_ms"], r["tokens_per_s"])
+        forms = (",", ".3%", ".2g", "", ".3f", ".1f", ".1f", ",.0f", ",.0f")
+        said = ("" if x is None else format(x, form) for x, form in zip((*numbers, peak and peak / 1e6), forms, strict=True))
+        lines.append(row(args.label, *said))
     delta = [f"delta   {r['delta']}"] if "delta" in r else []
     return "\n".join([*lines, f"result  {os.path.join(args.out, args.name)}.json", *delta])
 
@@ -1892,13 +1882,16 @@ def sweep(args: argparse.Namespace) -> None:
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # now, as it may be edited while it runs
     from_rank_0(lambda: check_folders(args))
     data, failed = load_task(args), []
-    todo = runs(args, data.about["revision"], from_rank_0(lambda: model_revision(args.model)))
+    revision = from_rank_0(lambda: model_revision(args.model))
+    todo = runs(args, data.about["revision"], revision)
     done = from_rank_0(lambda: [read_result(own) for own in todo])
     if None in done:
         say(f"loading {args.model}")
         model, tokenizer, facts = load_model(args, data.words)
+        facts["revision"] = revision
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)
-        for budget in args.budget if "apet" in args.method and not args.load else ():
+        guesses = from_rank_0(lambda: baselines(data))
+        for budget in args.budget if "apet" in args.method and not (args.load or args.insert) else ():
             parse_budget(budget, base_of(model))  # a wrong one is known before the first run
     for i in (i for i, result in enumerate(done) if result is None):
         title = f"[{i + 1}/{len(todo)}] {todo[i].label}"
@@ -1906,11 +1899,11 @@ def sweep(args: argparse.Namespace) -> None:
             say(title)
         try:
             with contextlib.ExitStack() as undo:  # leaves the model as it was
-                done[i] = run_one(Run(model, coder, data, facts, todo[i], code), undo)
-        except UserError as e:
+                done[i] = run_one(Run(model, coder, data, facts, guesses, todo[i], code), undo)
+        except (UserError, torch.OutOfMemoryError) as e:
             if len(todo) == 1 or ranks()[1] > 1:  # the other processes may know nothing of it
                 raise
-            say(f"{title} failed: {e}")
+            say(f"{title} failed: {str(e).splitlines()[0]}")
             failed.append(todo[i].label)
     results = [(own, result) for own, result in zip(todo, done, strict=True) if result]
     try:

@@ -11,7 +11,7 @@
 #   --out DIR   results, logs in DIR/logs (default: results/grid; offline: results/offline or results/quick)
 # Start the same command again to continue: what is done is skipped, a run that was interrupted goes on where it was. A command
 # that fails is named at the end and in the exit status, and stops no other. When this script ends, by kill -9 too, its commands
-# save their state and end; the next start with the same DIR waits for that. Then: python results/report.py DIR --out DIR
+# end with it (each saves its state once a minute); the next start with the same DIR waits for that. Then: python results/report.py DIR --out DIR
 set -euf -o pipefail
 
 fail() { echo "run_grid: error: $1" >&2 && exit 2; }
@@ -101,7 +101,7 @@ state=$(mktemp -d) SECONDS=0
 printf %s "$commands" | sort -rn >"$state/list"
 touch "$state/ended"
 worker() { # with the GPUs $1: the dearest command that no worker has, and so on
-    trap 'exit 143' TERM # when the command has saved its state and ended
+    trap 'exit 143' TERM # when the command has ended
     [[ -z $gpus ]] || export CUDA_VISIBLE_DEVICES=${1//+/,}
     while read -r _ name command; do
         mkdir "$state/$name" 2>/dev/null || continue

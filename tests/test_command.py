@@ -577,7 +577,7 @@ WRONG = {
     "task": (["--task", "toy-sentimant"], "did you mean 'toy-sentiment'"),
     "model": (["--model", "toy-tinny"], "did you mean 'toy-tiny'"),
     "model path": (["--model", "../nothing/here"], "unknown model"),
-    "model cache": (["--model", "some-one/some-thing"], "can't be reached; work offline with local files"),
+    "model cache": (["--model", "some-one/some-thing"], "can't be reached (work offline with local files"),
     "budget 0": (["--budget", "0"], "whole number from 1"),
     "budget -1": (["--budget=-1"], "whole number from 1"),
     "budget word": (["--budget", "many"], "must be a number such as"),
@@ -657,8 +657,8 @@ WRONG = {
     "blank": (["--task", "{tmp}/blank.jsonl"], "0 training examples are too few"),
     "one label": (["--task", "{tmp}/one.jsonl"], "holds one value only ('bad')"),
     "foreign number": (["--task", "{tmp}/stars"], "row 1: the label '0' is none of 1, 2"),
-    "ragged": (["--task", "{tmp}/ragged.csv", "--label-field", "y"], "row 1 has 3 cells, the header 2"),
-    "cut off": (["--task", "{tmp}/cut.csv"], "row 3 has 1 cells, the header 2"),
+    "ragged": (["--task", "{tmp}/ragged.csv", "--label-field", "y"], "row 1 has more or fewer cells than the header"),
+    "cut off": (["--task", "{tmp}/cut.csv"], "row 3 has more or fewer cells than the header"),
     "label between": (["--task", "{tmp}/between"], "row 1: the label '0.5' is none of bad, good"),
     "save nowhere": (["--save", "{tmp}/text.jsonl/x"], "File exists: '{tmp}/text.jsonl'"),
     "save folder": (["--save", "{tmp}"], "is no file; name a new one"),
@@ -673,7 +673,7 @@ WRONG = {
     },
     "target length large": (["--max-target-length", "1e15"], "a whole number from 2 to 100,000, not '1e15'"),
     "batch large": (["--batch-size", "1e8"], "a whole number from 1 to 100,000, not '1e8'"),
-    "nothing to save": (["--method", "none", "--save", "{tmp}/x"], "trains nothing here, so there is no delta to save"),
+    "nothing to save": (["--method", "none", "--save", "{tmp}/x"], "nothing is trained here, so there is no delta to save"),
     "inserted by none": (["--insert", "lora", "--method", "full"], "--insert goes with --method apet"),
     "save device": (["--save", "/dev/null"], "--save /dev/null is no file"),
     "save loaded": (["--load", "{tmp}/text.jsonl", "--save", "{tmp}/x"], "is not a safetensors file"),
@@ -878,7 +878,7 @@ def test_whatever_a_result_file_holds_it_is_used_or_one_line(tmp_path_factory, p
     (args,) = apet.runs(apet.check_args(apet.parser().parse_args([*SMALL, "--out", str(tmp_path_factory.getbasetemp())])))
     whole = {
         "score": 0.5, "metric": "accuracy", "baselines": {"random_guess": 0.5, "majority": 0.5}, "tuned_params": 10, "density": 0.1,
-        "lr": 0.1, "best": {"step": 1, "score": 0.5}, "seconds": {"all": 1.0}, "step_ms": 1.0, "tokens_per_s": 1.0,
+        "lr": 0.1, "best": {"step": 1, "score": 0.5}, "seconds": {"train": 1.0, "eval": 1.0}, "step_ms": 1.0, "tokens_per_s": 1.0,
         "peak_memory_bytes": 10, "data": {"report": "test", "sizes": {"report": 5}},
     }  # fmt: skip
     file = Path(args.out) / f"{args.name}.json"
@@ -1006,6 +1006,59 @@ def test_a_delta_of_another_model_is_refused(tmp_path, capsys):
     (delta,) = tmp_path.glob("*.safetensors")
     assert apet.main(["--model", "toy-base", "--load", str(delta), "--out", str(tmp_path)]) == 2
     assert "was made for another model" in capsys.readouterr().err
+    tensors, about = apet.load_tensors(delta)
+    apet.save_tensors(tensors | {"inserted.lora.more": torch.ones(2)}, delta, about)  # as of a model with more layers
+    assert apet.main(["--load", str(delta), "--out", str(tmp_path)]) == 2
+    assert "was made for another model" in capsys.readouterr().err
+
+
+def test_a_delta_knows_the_order_of_its_labels_and_a_test_file_may_lack_one(tmp_path):
+    """Of a table's task, whose labels are not in the order of the alphabet."""
+    run("--task", "toy-inference", "--budget", "100", out=tmp_path / "a")
+    trained = only(tmp_path / "a")
+    assert trained["labels"] == ["entailment", "neutral", "contradiction"]
+    rows = [json.loads(line) for line in (TOY / "tasks/inference/test.jsonl").read_text().splitlines()]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if r["label"] != "contradiction"))
+    argv = ["--load", trained["delta"], "--text-fields", "premise,hypothesis", "--eval-size", "60"]
+    for task in (TOY / "tasks/inference", tmp_path / "test"):
+        assert apet.main([*map(str, argv), "--task", str(task), "--out", str(tmp_path / f"b {task.name}")]) == 0
+        loaded = only(tmp_path / f"b {task.name}")
+        assert loaded["labels"] == trained["labels"] and loaded["baselines"]["random_guess"] == pytest.approx(1 / 3)
+
+
+def test_an_export_that_fails_keeps_the_state(tmp_path):
+    (tmp_path / "model/model.safetensors").mkdir(parents=True)
+    assert apet.main([*SMALL, "--method", "full", "--export", str(tmp_path / "model"), "--out", str(tmp_path)]) != 0
+    assert list(tmp_path.glob("*.state"))
+
+
+def test_memory_that_runs_out_in_one_run_of_a_sweep_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def full(run, tuned, optimizer, record):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(apet, "train_step", full)
+    assert apet.main([*SMALL, "--method", "full,none", "--out", str(tmp_path)]) == 2
+    assert only(tmp_path)["arguments"]["method"] == "none" and "full s0 failed: CUDA out of memory" in capsys.readouterr().err
+
+
+def test_an_encoder_without_rows_to_train_its_head_on_is_one_line(tmp_path, capsys):
+    model = build("bert")
+    model.resize_token_embeddings(1000)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOY / "models/tiny" / name, tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    shutil.copy(TOY / "tasks/sentiment/test.jsonl", tmp_path / "data")
+    argv = ["--model", tmp_path / "model", "--task", tmp_path / "data", "--method", "none", "--max-source-length", "32"]
+    assert apet.main([*map(str, argv), "--out", str(tmp_path / "out")]) == 2
+    assert "no rows to train the classification head on" in capsys.readouterr().err
+    assert apet.main([*map(str, argv), "--freeze-head", "--eval-size", "20", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_budget_may_count_the_inserted_weights(tmp_path):
+    run("--insert", "adapter", "--budget", "58000", out=tmp_path)
+    assert only(tmp_path)["tuned_params"] == 58_000 > only(tmp_path)["total_params"]
 
 
 def test_importing_apet_is_cheap_and_has_no_side_effects():

@@ -20,29 +20,29 @@ import apet
 TOKENS = len(standin.bpe_tokenizer(pad="<pad>"))
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 SMALL = {"vocab_size": TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-         "max_position_embeddings": 130}  # fmt: skip
+         "max_position_embeddings": 300}  # fmt: skip
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 BART = {"vocab_size": TOKENS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 130,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 300,
         "decoder_start_token_id": 2, "dropout": 0.0, "init_std": 0.2}  # fmt: skip
 CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**GROUPED, **IDS),
     "qwen3": lambda: hf.Qwen3Config(**GROUPED, **IDS),
     "gemma3": lambda: hf.Gemma3TextConfig(**GROUPED, **IDS),
     "mistral": lambda: hf.MistralConfig(**GROUPED, **IDS),
-    "gpt2": lambda: hf.GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=130, **IDS),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=300, **IDS),
     "opt": lambda: hf.OPTConfig(
-        vocab_size=TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, max_position_embeddings=130,
+        vocab_size=TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, max_position_embeddings=300,
         word_embed_proj_dim=32, **IDS,
     ),
     "bart": lambda: hf.BartConfig(**BART, **IDS),
     "mt5": lambda: hf.MT5Config(vocab_size=TOKENS, decoder_start_token_id=3, **T5, **IDS),
     "byt5": lambda: hf.T5Config(vocab_size=384, decoder_start_token_id=0, **T5),
     "bert": lambda: hf.BertConfig(**SMALL, pad_token_id=3),
-    "roberta": lambda: hf.RobertaConfig(**SMALL | {"max_position_embeddings": 134}, type_vocab_size=1, **IDS),
+    "roberta": lambda: hf.RobertaConfig(**SMALL | {"max_position_embeddings": 304}, type_vocab_size=1, **IDS),
     "distilbert": lambda: hf.DistilBertConfig(
-        vocab_size=TOKENS, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=130, pad_token_id=3
+        vocab_size=TOKENS, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=300, pad_token_id=3
     ),
     "albert": lambda: hf.AlbertConfig(**SMALL, embedding_size=16, **IDS),
     "electra": lambda: hf.ElectraConfig(**SMALL, embedding_size=16, pad_token_id=3),
@@ -357,9 +357,13 @@ def test_tokens_beyond_the_embedding_are_no_trouble_until_a_text_holds_one(tmp_p
             coder.batch(sources, targets, "cpu")
 
 
-@pytest.mark.parametrize("name, room", [("bert", 130), ("roberta", 130), ("distilbert", 130)])
-def test_an_encoder_says_how_many_tokens_fit_and_they_do(tmp_path, name, room):
-    """RoBERTa counts its places from pad_token_id + 1 on: of these 134, 130 can be read."""
+ROOM = {"bert": 300, "roberta": 300, "distilbert": 300, "gpt2": 172, "opt": 172, "bart": 300}
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_a_model_says_how_many_tokens_fit_and_they_do(tmp_path, name):
+    """RoBERTa counts its places from pad_token_id + 1 on: of these 304, 300 can be read; of a decoder's, 128 are the target's."""
+    room = ROOM[name]
     save(name, tmp_path)
     for method, fits in (("none", room), ("prompt", room - 100)):
         with pytest.raises(apet.UserError, match=f"has room for {fits} tokens"):
