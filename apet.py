@@ -264,19 +264,15 @@ def add_linear(e: Entries, dy: Tensor, x: Tensor) -> None:
         waiting.append((e.number, columns(dy, e.row), x if e.column is None else columns(x, e.column)))
         waiting[0] += waiting[-1][1].numel()
         if waiting[0] > PUT_OFF["cpu" if dy.is_cpu else "cuda"]:
-            sum_waiting(grads, key)
+            sum_waiting(grads, [key])
 
 
-def sum_waiting(grads: dict, key: tuple) -> None:
-    numbers, dys, xs = zip(*grads.pop(key)[1:], strict=True)
-    sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
-    for number, part in zip(numbers, sums, strict=True):
-        add_part(grads, number, part)
-
-
-def sum_rest(grads: dict) -> None:
-    for key in [key for key in grads if isinstance(key, tuple)]:
-        sum_waiting(grads, key)
+def sum_waiting(grads: dict, keys: list[tuple] | None = None) -> None:
+    for key in [key for key in grads if isinstance(key, tuple)] if keys is None else keys:
+        numbers, dys, xs = zip(*grads.pop(key)[1:], strict=True)
+        sums = sum_products(torch.cat(dys, -1), torch.cat(xs, -1)).split([dy.shape[-1] for dy in dys])
+        for number, part in zip(numbers, sums, strict=True):
+            add_part(grads, number, part)
 
 
 def add_embedding(e: Entries, ids: Tensor, padding: int | None, dy: Tensor) -> None:
@@ -395,7 +391,7 @@ def add_fast_path(apet: APET, model: nn.Module, backend: str) -> None:
         if plain and (type(m) is nn.Linear or (type(m) is nn.Embedding and m.max_norm is None and not m.scale_grad_by_freq)):
             layers.setdefault(id(m.weight), []).append(m)
     links = {w.device: torch.zeros((), device=w.device, requires_grad=True) for w in apet._weights}
-    apet._sum_rest, apet._tables = sum_rest, {}  # tables: number of the tensor: sparse zeros (rows, columns kept), for sampled sums
+    apet._sum_rest, apet._tables = sum_waiting, {}  # number of the tensor: sparse zeros (rows, columns kept), for sampled sums
     for number, (weight, index) in enumerate(zip(apet._weights, apet._indices, strict=True)):
         if id(weight) not in layers or backend == "hook" or (apet._in_group and weight is apet._smallest):
             continue
