@@ -11,6 +11,7 @@ import transformers as hf
 from conftest import batch_for, build
 from torch import nn
 
+import apet
 from apet import (
     APET,
     COUNTED,
@@ -314,8 +315,6 @@ def test_dropout_is_set_everywhere_functional_calls_included(name):
 
 
 def test_each_method_gets_its_dropout_the_new_weights_too():
-    import apet
-
     model = build("t5")
     for method, expected in (("lora", 0.1), ("adapter", 0.1), ("full", 0.1), ("apet", 0.0)):
         args = apet.check_args(apet.parser().parse_args(["--model", "some/where", "--method", method, "--budget", "10"]))
@@ -326,3 +325,16 @@ def test_each_method_gets_its_dropout_the_new_weights_too():
                 model.encoder.block[0].layer[0].SelfAttention.dropout
             }
             assert rates == {expected}
+
+
+def test_by_gradient_every_process_tunes_what_rank_0_chose(monkeypatch):
+    """Two GPUs may differ in the last bit of a gradient, and so in the order of all scalars that follow."""
+    model, chosen = build("t5"), {"shared.weight": torch.tensor([3, 5]), "lm_head.weight": torch.tensor([1])}
+    chosen = {n: i for n, i in chosen.items() if n in dict(model.named_parameters())}
+    argv = ["--mask", "gradient", "--budget", str(sum(map(len, chosen.values()))), "--method", "apet"]
+    args = apet.runs(apet.check_args(apet.parser().parse_args(argv)))[0]
+    monkeypatch.setattr(apet, "from_rank_0", lambda read: chosen)
+    with contextlib.ExitStack() as undo:
+        tuned = apet.prepare(model, args, undo)
+        assert list(tuned.apet.positions) == list(chosen) and tuned.apet.about["mask"] == "gradient"
+        assert all(torch.equal(tuned.apet.positions[n], chosen[n]) for n in chosen)
