@@ -419,7 +419,7 @@ def choose_entries(layer: nn.Module, e: Entries) -> tuple[Entries, bool]:
         e = e._replace(column=place, keep=keep)
     if sampled < one_by_one and e.weight.dtype != torch.float64:
         return e._replace(sampled=True), cheaper
-    if e.keep is not None and k < 1.2 * len(keep):  # few columns twice: no second selection in backward
+    if e.keep is not None and k < len(keep) + 16:  # few columns twice: no second selection in backward
         e = e._replace(column=None, keep=keep[place])
     return e, cheaper
 
