@@ -3,7 +3,7 @@
 
 After Su et al., "Exploring the Impact of Model Scaling on Parameter-Efficient Tuning", EMNLP 2023.
 
-    python apet.py                                                  offline default: a toy T5, 10,000 scalars, a CPU minute
+    python apet.py                                                  offline default: a toy T5, 10,000 scalars, 15 s on a CPU
     python apet.py --model t5-large --task sst2 --budget 1e4        a model and a task of the hub; bf16 on a GPU
     python apet.py --budget 1e2,1e3,1e4 --mask-seed 0,1,2 --method apet,full    a sweep: one process, one JSON a run
     torchrun --nproc_per_node 4 apet.py --model t5-3b --task mnli   data-parallel
