@@ -419,7 +419,7 @@ def choose_entries(layer: nn.Module, e: Entries) -> tuple[Entries, bool]:
         e = e._replace(column=place, keep=keep)
     if sampled < one_by_one and e.weight.dtype != torch.float64:
         return e._replace(sampled=True), cheaper
-    if e.keep is not None and k < len(keep) + 16:  # few columns twice: no second selection in backward
+    if e.keep is not None and k < min(1.2 * len(keep), len(keep) + 16):  # few columns twice: no second selection in backward
         e = e._replace(column=None, keep=keep[place])
     return e, cheaper
 
@@ -972,8 +972,7 @@ def load_task(args: argparse.Namespace) -> Data:
     about = {"revision": revision, "report": report or "held out of train", "select": select or "held out of train"}
     about["sizes"] = {part: len(examples) for part, examples in parts.items()}
     if dropped := {s: n for s in splits if (n := len(splits[s]) - len(made[s]))}:
-        about["rows without text or label, dropped"] = dropped
-        say(f"{task.source}: rows without text or label (empty, null, nan or -1) are left out: {dropped}")
+        about["rows without text or label, dropped"] = dropped  # empty, null, nan or -1
     metric = task.metric or ("accuracy" if words else "squad" if lists else "rouge")
     return Data(args.task, words, metric, about=about, **parts)
 
@@ -1882,7 +1881,8 @@ def sweep(args: argparse.Namespace) -> None:
     todo = runs(args, data.about["revision"], revision)
     done = from_rank_0(lambda: [read_result(own) for own in todo])
     if None in done:
-        say(f"loading {args.model}")
+        dropped = data.about.get("rows without text or label, dropped")
+        say(f"loading {args.model}" + (f"; rows without text or label (or with -1) are left out: {dropped}" if dropped else ""))
         model, tokenizer, facts = load_model(args, data.words)
         facts["revision"] = revision
         coder = Coder(tokenizer, facts["family"], args.max_source_length, args.max_target_length)

@@ -300,12 +300,12 @@ def fill_models(root: Path) -> None:
     # neither has a token for padding, and both count their places from the first token
     ends = {"bos_token_id": bytes_tokenizer.bos_token_id, "eos_token_id": bytes_tokenizer.eos_token_id}
     config = hf.GPT2Config(
-        vocab_size=len(bytes_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.3, **ends
+        vocab_size=len(bytes_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=300, initializer_range=0.3, **ends
     )
     save_causal(root / "someone/gpt2", hf.GPT2LMHeadModel(config), bpe_tokenizer())
     config = hf.LlamaConfig(
         vocab_size=len(bytes_tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=96, initializer_range=0.3, **ends,
+        intermediate_size=48, max_position_embeddings=300, initializer_range=0.3, **ends,
     )  # fmt: skip
     save_causal(root / "someone/llama", hf.LlamaForCausalLM(config), bpe_tokenizer(adds_first=True))
 
