@@ -32,7 +32,7 @@ from PIL import Image  # comes with matplotlib
 
 METHODS = ("full", "adapter", "lora", "bitfit", "prompt")
 SETTING = (  # what runs of one task must share to be compared
-    "steps", "batch_size", "grad_accum", "train_size", "eval_size", "eval_every", "pool", "dropout", "max_source_length",
+    "steps", "batch_size", "grad_accum", "train_size", "eval_size", "eval_every", "dropout", "max_source_length",
     "max_target_length", "dtype", "freeze_head", "text_fields", "label_field",
 )  # fmt: skip
 SHARE = 0.9  # high threshold: this share of what full fine-tuning gains over chance
@@ -220,7 +220,7 @@ def parse(text: bytes) -> dict | str:
 
 def flat(r: dict) -> dict:
     """A result on one level: its arguments, with defaults for what older ones lack, and of the rest what is needed here."""
-    old = {"pool": "cls", "grad_accum": 1, "freeze_head": False}
+    old = {"grad_accum": 1, "freeze_head": False}
     rest = {"rows": r["data"]["sizes"]["report"], "machine": r["device"], "rate": r.get("lr")}
     run = {**r, **r["baselines"], **old, **r["arguments"], **rest}
     untuned = run["method"] == "none" and not run.get("head_trained")  # shown where it has no head, which would be random
@@ -553,7 +553,7 @@ def rates(runs: list[dict]) -> str:
     fixed = ("model", "task", "steps", "method", "tuned_params", "mask")
     for r in sorted(runs, key=lambda r: r["date"]):
         if r["usable"] and r["rate"] is not None:
-            key = setting(r, (*fixed, "where", "insert", "batch_size", "pool"))
+            key = setting(r, (*fixed, "where", "insert", "batch_size"))
             best = r["best"].get("score") if isinstance(r.get("best"), dict) else None
             swept[key][r["rate"]][setting(r, ("mask_seed", "seed"))] = (r["score"], math.nan if best is None else best)
             if r["lr"] == "auto":
