@@ -745,6 +745,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.pack and notes:
             raise ValueError(f"{args.pack} is not written: it would lack what was skipped")
         if args.pack:
+            for r in results:  # where it lay is a path of one machine
+                r.pop("delta", None)
+                r["arguments"].pop("out", None)
             lines = sorted({json.dumps(r) + "\n" for r in results})  # each run once; the name comes first
             new = args.pack.with_name(args.pack.name + ".new")
             new.write_text("".join(lines), encoding="utf-8")

@@ -371,7 +371,8 @@ def test_packed_runs_give_the_same_report(runs, out, tmp_path):
     full(runs, 0.79, 0.81)
     first = min(runs.iterdir())
     one = json.loads(first.read_text()) | {"loss_curve": [11.3376251, 2.0], "loss_every": 2}
-    first.write_text(json.dumps(one))
+    there = one | {"arguments": one["arguments"] | {"out": "/some/where"}, "delta": "/some/where/x.safetensors"}
+    first.write_text(json.dumps(there))  # a path of one machine, which is not packed
     packed = tmp_path / "packed" / "runs.jsonl"
     packed.parent.mkdir()
     for _ in range(2):  # what was packed before is read as well, and written once
