@@ -3,7 +3,7 @@
 #   ./run_grid.sh --list              print the commands, one a line, for xargs, GNU parallel or a SLURM array
 #   ./run_grid.sh --gpus 0,1,2,3      run them, four at a time, one GPU each (0+1,2+3: two at a time, two GPUs each)
 #   ./run_grid.sh --offline           the study on the toy family (results/toy/PROTOCOL.md): at most two hours on 2 cores
-#   ./run_grid.sh --offline --quick   fewer models, tasks, seeds and steps: at most 12 minutes on 2 cores
+#   ./run_grid.sh --offline --quick   fewer models, tasks and steps: at most 12 minutes on 2 cores
 #
 #   --experiments, --models, --tasks A,B   some of those in the tables below (default: all)
 #   --seeds N   position seeds (default: as in the tables)
@@ -49,8 +49,8 @@ if [[ -z $offline ]]; then
         structure .        3 --budget 1e4 --mask row,column,block,tensor,magnitude,gradient"
 else
     steps=200 more="" # results/toy/PROTOCOL.md
-    [[ -z $quick ]] || steps=100 more=" --eval-size 300" out=${out:-results/quick} seeds=${seeds:-2} \
-        tasks=${tasks:-toy-sentiment,toy-qa} models=${models:-toy-tiny,toy-small,toy-base}
+    [[ -z $quick ]] || steps=100 more=" --eval-size 300" out=${out:-results/quick} \
+        tasks=${tasks:-toy-inference,toy-qa} models=${models:-toy-tiny,toy-small,toy-base}
     more=" --steps $steps --eval-every $((steps / 2))$more" out=${out:-results/offline} jobs=${jobs:-$(getconf _NPROCESSORS_ONLN)}
     sizes="toy-tiny:2 toy-small:3 toy-base:7 toy-large:16"
     all_tasks="toy-sentiment toy-inference toy-paraphrase toy-qa toy-summary"

@@ -130,8 +130,8 @@ def test_progress_counts_the_runs_of_the_chosen_experiments_alone(tmp_path):
     for name in names:
         (tmp_path / f"toy-base-toy-qa-{name}-0123abcd.json").touch()
     options = ["--offline", "--quick", "--models", "toy-base", "--tasks", "toy-qa", "--out", tmp_path]
-    for experiment, count in (("full", "2 of 2"), ("methods", "2 of 5"), ("position", "1 of 4"), ("budget", "1 of 10"),
-                              ("structure", "1 of 11"), ("full,structure", "3 of 13")):  # fmt: skip
+    for experiment, count in (("full", "2 of 2"), ("methods", "2 of 5"), ("position", "1 of 6"), ("budget", "1 of 10"),
+                              ("structure", "1 of 6"), ("full,structure", "3 of 8")):  # fmt: skip
         outcome = grid(*options, "--experiments", experiment, PATH=f"{tmp_path}:{os.environ['PATH']}")
         assert outcome.stderr.splitlines()[-1].startswith(f"{count} runs done, 0 commands failed, "), outcome.stderr
 
