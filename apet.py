@@ -1450,8 +1450,8 @@ def auto_lr(method: str, budget: int, family: str) -> float:
     """AdamW's rate, by sweeps (results/README.md): for APET, more for fewer scalars (Xu & Zhang, ICML 2024)."""
     if family == "seq2seq":  # swept on the toy T5s; full: the authors'
         rates = {"full": 3e-4, "apet": min(1.0, max(3e-4, 100 / budget)), "bitfit": 1e-2, "prompt": 1e-1}
-    else:  # swept on MiniLM, a BERT; full and prompt: the authors'. BLOOM and kin were not swept
-        rates = {"full": 1e-4, "apet": min(0.3, max(1e-4, 15 * budget**-0.7)), "bitfit": 3e-3, "prompt": 3e-2}
+    else:  # swept on MiniLM, a BERT; full: the authors'. BLOOM and kin were not swept
+        rates = {"full": 1e-4, "apet": min(0.3, max(1e-4, 15 * budget**-0.7)), "bitfit": 3e-3, "prompt": 3e-3}
     return rates.get(method, 1e-3)
 
 
